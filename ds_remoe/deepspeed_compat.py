@@ -1,0 +1,121 @@
+"""Everything that touches DeepSpeed's internals, checked against DeepSpeed 0.19.8.
+
+Other rooms import from here, so that a new DeepSpeed release is one file to check.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+CHECKED_AGAINST = "0.19.8"
+
+__all__ = [
+    "CHECKED_AGAINST",
+    "DeepSpeedMoE",
+    "clip_gradients",
+    "expert_parallel_rank",
+    "expert_parallel_sizes",
+    "gradients_are_whole",
+    "launched_rank",
+    "mark_expert_parameters",
+    "replace_stage0_clipping",
+    "set_subgroup_timeout",
+    "use_gloo_only",
+]
+
+
+def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
+    """Make the engine reduce these parameters over the expert-data-parallel group of `group_name`."""
+    for parameter in module.parameters():
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = group_name  # type: ignore[attr-defined]
+
+
+def launched_rank() -> int:
+    """This process's global rank, also before a process group exists (the launcher sets RANK)."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def expert_parallel_rank(group_name: str) -> int:
+    """Rank in the EP group; defined once the engine has made the groups."""
+    return int(groups._get_expert_parallel_rank(group_name))
+
+
+def expert_parallel_sizes() -> dict[str, int]:
+    """Size of each EP group that exists, by DeepSpeed's name for it."""
+    return {name: dist.get_world_size(group) for name, group in groups._get_expert_parallel_group_dict().items()}
+
+
+def use_gloo_only() -> None:
+    """Switch off DeepSpeed's shared-memory all-reduce.
+
+    It crashes across hosts, and two jobs of one machine with the same address and port corrupt each other's results.
+    Call before the process group is made.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def set_subgroup_timeout(timeout: timedelta) -> None:
+    """Timeout of the groups that DeepSpeed makes later; they ignore the one of `init_distributed`."""
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+
+
+def gradients_are_whole(engine: Any) -> bool:
+    """True where every rank holds whole reduced gradients in `.grad` before the optimizer step (ZeRO stage 0)."""
+    return int(engine.zero_optimization_stage()) == 0
+
+
+def replace_stage0_clipping(engine: Any) -> None:
+    """Switch off DeepSpeed's own clipping at stage 0, whose norm is wrong for experts with ep_size > 1.
+
+    In fp32 it averages the ranks' norms, in bf16 it leaves the experts out. `clip_gradients` takes its place.
+    """
+    engine.clip_fp32_gradients = lambda: None
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = 0.0
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, loss_scale: float = 1.0) -> Tensor:
+    """Clip whole, reduced gradients by their global L2 norm, experts on every rank of their EP group counted once.
+
+    Args:
+        parameters: of one rank; the others call with theirs.
+        max_norm: clip above this; 0 measures only.
+        loss_scale: factor that the gradients carry.
+
+    Returns:
+        The norm before clipping, without the loss scale: fp32 scalar, the same on every rank.
+    """
+    gradients: dict[str | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            group = parameter.group_name if is_moe_param(parameter) else None  # type: ignore[attr-defined]
+            gradients.setdefault(group, []).append(parameter.grad)
+    if not gradients:
+        return torch.zeros(())
+    device = next(iter(gradients.values()))[0].device
+    square = torch.zeros((), dtype=torch.float32, device=device)
+    for group, tensors in gradients.items():
+        partial = torch.stack([t.float().square().sum() for t in tensors]).sum()
+        if group is not None:
+            dist.all_reduce(partial, group=groups._get_expert_parallel_group(group))
+        square += partial
+    norm = square.sqrt() / loss_scale
+    if max_norm > 0 and torch.isfinite(norm):
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for tensor in (t for tensors in gradients.values() for t in tensors):
+            tensor.mul_(factor.to(tensor.dtype))
+    return norm

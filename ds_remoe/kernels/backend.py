@@ -1,0 +1,28 @@
+"""Which of a kernel and its torch twin runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """True for tensors that the Triton kernels serve: on a CUDA device, or anywhere under TRITON_INTERPRET=1.
+
+    fp64 goes to the twin, which is exact; DS_REMOE_KERNELS=torch takes the twins everywhere.
+    """
+    if tensor.dtype == torch.float64 or tensor.numel() == 0 or not _triton_wanted():
+        return False
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_wanted() -> bool:
+    choice = os.environ.get("DS_REMOE_KERNELS", "triton")
+    if choice not in ("triton", "torch"):
+        raise ValueError(f"DS_REMOE_KERNELS = {choice!r}: must be 'triton' or 'torch'")
+    return choice == "triton" and importlib.util.find_spec("triton") is not None

@@ -1,0 +1,237 @@
+"""Experts: stacked SwiGLU with one GEMM per expert and projection, and any other module one by one.
+
+Both take a `Dispatched` and return the weighted results summed per row; both give every parameter a gradient in every
+step, zeros where no token came, so that no rank waits for a gradient that another does not have.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_remoe.kernels import weighted_swiglu, weighted_swiglu_backward
+from ds_remoe.moe.dispatch import Dispatched
+
+GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), no biases: the dense FFN, and the shape of one stacked expert.
+
+    Args:
+        hidden_size: D.
+        ffn_hidden_size: H.
+    """
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class StackedSwiGLU(nn.Module):
+    """The SwiGLU experts of one rank as two stacked parameters.
+
+    In a state dict they stand as DeepSpeed names experts: `{i}.gate_proj.weight` [H, D], `{i}.up_proj.weight` [H, D]
+    and `{i}.down_proj.weight` [D, H].
+
+    Args:
+        hidden_size: D.
+        ffn_hidden_size: H.
+        num_local_experts: L.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_local_experts: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * ffn_hidden_size, hidden_size, **kwargs))
+        self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_hidden_size, **kwargs))
+
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """Σ over the active local experts of w · FFN_e(x), for each result row: [num_out_rows, D]."""
+        return _StackedSwiGLUFunction.apply(
+            dispatched.rows,
+            dispatched.weights_M,
+            self.gate_up,
+            self.down,
+            dispatched.in_row_ids_M,
+            dispatched.out_row_ids_M,
+            dispatched.counts_L,
+            dispatched.num_out_rows,
+        )
+
+    @torch.no_grad()
+    def init_expert(self, index: int, std: float | None, generator: torch.Generator) -> None:
+        """Draw one expert anew: normal(0, std), or uniform as nn.Linear does where std is None."""
+        for matrix in (self.gate_up[index], self.down[index]):
+            bound = 1 / math.sqrt(matrix.shape[-1])
+            draw = torch.empty(matrix.shape, dtype=torch.float32)
+            if std is None:
+                draw.uniform_(-bound, bound, generator=generator)
+            else:
+                draw.normal_(0.0, std, generator=generator)
+            matrix.copy_(draw)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        gate_up, down = (p if keep_vars else p.detach() for p in (self.gate_up, self.down))
+        width = down.shape[-1]
+        for i in range(down.shape[0]):
+            destination[f"{prefix}{i}.{GATE}"] = gate_up[i, :width]
+            destination[f"{prefix}{i}.{UP}"] = gate_up[i, width:]
+            destination[f"{prefix}{i}.{DOWN}"] = down[i]
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        width = self.down.shape[-1]
+        targets: dict[str, Tensor] = {}
+        for i in range(self.down.shape[0]):
+            targets[f"{prefix}{i}.{GATE}"] = self.gate_up[i, :width]
+            targets[f"{prefix}{i}.{UP}"] = self.gate_up[i, width:]
+            targets[f"{prefix}{i}.{DOWN}"] = self.down[i]
+        for name, target in targets.items():
+            if name not in state_dict:
+                missing_keys.append(name)
+            elif state_dict[name].shape != target.shape:
+                error_msgs.append(
+                    f"size mismatch for {name}: the checkpoint has {tuple(state_dict[name].shape)}, "
+                    f"the model {tuple(target.shape)}"
+                )
+            else:
+                target.copy_(state_dict[name])
+        if strict:
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in targets)
+
+
+class _StackedSwiGLUFunction(torch.autograd.Function):
+    """Grouped SwiGLU. Saved for backward: rows, weights, indices and the pre-activation, nothing else of size N."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weights_M: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        in_ids: Tensor,
+        out_ids: Tensor,
+        counts_L: list[int],
+        num_out_rows: int,
+    ) -> Tensor:
+        pre_activation = rows.new_empty(len(in_ids), gate_up.shape[1])
+        out = torch.zeros(num_out_rows, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
+        for e, (start, end) in _spans(counts_L):
+            torch.mm(rows.index_select(0, in_ids[start:end]), gate_up[e].t(), out=pre_activation[start:end])
+            hidden = weighted_swiglu(pre_activation[start:end], weights_M[start:end])
+            out.index_add_(0, out_ids[start:end], (hidden @ down[e].t()).to(out.dtype))
+        ctx.save_for_backward(rows, weights_M, gate_up, down, in_ids, out_ids, pre_activation)
+        ctx.counts_L = counts_L
+        return out.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights_M, gate_up, down, in_ids, out_ids, pre_activation = ctx.saved_tensors
+        grad_out = grads[0]
+        grad_rows = torch.zeros(rows.shape, dtype=_sum_dtype(rows), device=rows.device)
+        grad_weights_M = torch.empty_like(weights_M)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        for e, count in enumerate(ctx.counts_L):
+            if count == 0:
+                grad_gate_up[e].zero_()
+                grad_down[e].zero_()
+        for e, (start, end) in _spans(ctx.counts_L):
+            span = slice(start, end)
+            grad_y = grad_out.index_select(0, out_ids[span])
+            grad_pre, grad_weights_M[span], hidden = weighted_swiglu_backward(
+                grad_y @ down[e], pre_activation[span], weights_M[span]
+            )
+            torch.mm(grad_y.t(), hidden, out=grad_down[e])
+            torch.mm(grad_pre.t(), rows.index_select(0, in_ids[span]), out=grad_gate_up[e])
+            grad_rows.index_add_(0, in_ids[span], (grad_pre @ gate_up[e]).to(grad_rows.dtype))
+        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None
+
+
+def _sum_dtype(rows: Tensor) -> torch.dtype:
+    """Sums over experts are kept in fp32 at least."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _spans(counts_L: list[int]) -> list[tuple[int, tuple[int, int]]]:
+    """(expert, (first pair, end)) of each expert that has pairs."""
+    spans, start = [], 0
+    for e, count in enumerate(counts_L):
+        if count:
+            spans.append((e, (start, start + count)))
+        start += count
+    return spans
+
+
+class ModuleExperts(nn.ModuleList):
+    """Any expert module, one copy per local expert, weighted after its output.
+
+    An expert without tokens is run on an empty batch, so its parameters have zero gradients.
+
+    Args:
+        expert: template; [n, D] → [n, D], or a tuple with that first. Copies are drawn anew where the template's
+            submodules have `reset_parameters`.
+        num_local_experts: L.
+    """
+
+    def __init__(self, expert: nn.Module, num_local_experts: int) -> None:
+        super().__init__(copy.deepcopy(expert) for _ in range(num_local_experts))
+
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """Σ over the active local experts of w · expert_e(x), for each result row: [num_out_rows, D]."""
+        rows = dispatched.rows
+        out = torch.zeros(dispatched.num_out_rows, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
+        start = 0
+        for expert, count in zip(self, dispatched.counts_L, strict=True):
+            span = slice(start, start + count)
+            start += count
+            result = expert(rows.index_select(0, dispatched.in_row_ids_M[span]))
+            result = result[0] if isinstance(result, tuple) else result
+            weighted = result * dispatched.weights_M[span].unsqueeze(-1)
+            out = out.index_add(0, dispatched.out_row_ids_M[span], weighted.to(out.dtype))
+        return out.to(rows.dtype)
+
+    @torch.no_grad()
+    def init_expert(self, index: int, std: float | None, generator: torch.Generator) -> None:
+        """Draw one expert anew: normal(0, std) for matrices, or by its submodules' reset_parameters if std is None."""
+        expert = self[index]
+        if std is not None:
+            for parameter in expert.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            for module in expert.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()

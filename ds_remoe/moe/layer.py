@@ -1,0 +1,185 @@
+"""The MoE layer: DeepSpeed's `MoE` by name, signature and results; ReMoE inside."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
+from ds_remoe.moe.dispatch import combine, dispatch
+from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
+from ds_remoe.moe.routers import ReLURouter, Router, TopKRouter
+
+_CAPACITY_DEFAULTS: dict[str, Any] = {
+    "capacity_factor": 1.0,
+    "eval_capacity_factor": 1.0,
+    "min_capacity": 4,
+    "noisy_gate_policy": None,
+    "use_rts": True,
+    "use_tutel": False,
+    "top2_2nd_expert_sampling": True,
+}
+
+
+class MoE(DeepSpeedMoE):
+    """A mixture-of-experts layer in place of `deepspeed.moe.layer.MoE` (eq. 1), never dropping a token.
+
+    Args:
+        hidden_size: D, of input and output.
+        expert: the expert's module. A `ds_remoe.moe.experts.SwiGLU` becomes stacked parameters with grouped GEMMs;
+            any other module [n, D] → [n, D] is copied per expert. Experts are drawn anew, each from a stream of its
+            own, so they start different from each other and the same at any ep_size.
+        num_experts: E.
+        ep_size: ranks that share one set of experts; must divide num_experts.
+        k: wanted mean number of active experts a token; with router "topk" the exact number.
+        capacity_factor, eval_capacity_factor, min_capacity, noisy_gate_policy, drop_tokens, use_rts, use_tutel,
+            top2_2nd_expert_sampling: accepted for DeepSpeed's sake. Nothing is dropped here, so a value other than the
+            default is answered with a warning.
+        use_residual: Residual MoE (arXiv 2201.05596): add a dense copy of the expert, mixed by a learnt coefficient.
+        enable_expert_tensor_parallelism: not supported; True is refused.
+        router: "relu" (ReMoE) or "topk" (dropless Softmax-TopK).
+        aux_loss_coefficient: weight of the Switch loss of router "topk".
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = False,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+        *,
+        router: Literal["relu", "topk"] = "relu",
+        aux_loss_coefficient: float = 0.01,
+    ) -> None:
+        nn.Module.__init__(self)
+        if ep_size < 1 or num_experts % ep_size:
+            raise ValueError(f"ep_size = {ep_size}: must divide num_experts = {num_experts}")
+        if enable_expert_tensor_parallelism:
+            raise ValueError("enable_expert_tensor_parallelism = True: not supported; use a larger ep_size instead")
+        given = {name: value for name, value in locals().items() if name in _CAPACITY_DEFAULTS}
+        without_effect = [f"{n}={v!r}" for n, v in given.items() if v != _CAPACITY_DEFAULTS[n]]
+        if without_effect:
+            warnings.warn(
+                f"ds_remoe.MoE drops no token and has no capacity, so {', '.join(without_effect)} has no effect",
+                stacklevel=2,
+            )
+        self.use_residual = use_residual
+        self.enable_expert_tensor_parallelism = False
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // ep_size
+
+        gate: Router
+        if router == "relu":
+            gate = ReLURouter(hidden_size, num_experts, k)
+        elif router == "topk":
+            gate = TopKRouter(hidden_size, num_experts, k, aux_loss_coefficient)
+        else:
+            raise ValueError(f"router = {router!r}: must be 'relu' or 'topk'")
+        self.deepspeed_moe = RoutedExperts(gate, _build_experts(expert, hidden_size, self.num_local_experts))
+        mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
+        self._init_experts(std=None, seed=torch.initial_seed())
+        if use_residual:
+            self.mlp = expert
+            self.coefficient = nn.Linear(hidden_size, 2)
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass tokens through their active experts.
+
+        Args:
+            hidden_states: [..., D].
+            used_token: one entry a token; where zero, the token passes no expert.
+
+        Returns:
+            output [..., D]; l_aux, the layer's share of the auxiliary loss, coefficient included (fp32 scalar): add
+            the layers' values to the loss; exp_counts, int64 [E], active tokens of each expert on this rank.
+        """
+        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token)
+        if self.use_residual:
+            dense = self.mlp(hidden_states)
+            dense = dense[0] if isinstance(dense, tuple) else dense
+            share = F.softmax(self.coefficient(hidden_states), dim=-1)
+            output = output * share[..., 0:1] + dense * share[..., 1:]
+        return output, l_aux, exp_counts
+
+    @torch.no_grad()
+    def init_weights(self, std: float, seed: int) -> None:
+        """Draw router and experts from normal(0, std), the same at any ep_size and on any rank."""
+        weight = self.deepspeed_moe.gate.wg.weight
+        weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=_stream(seed, 0)))
+        self._init_experts(std, seed)
+
+    def _init_experts(self, std: float | None, seed: int) -> None:
+        # The engine copies experts from the first ranks to their replicas, so the global rank serves as EP rank.
+        first = launched_rank() * self.num_local_experts
+        for index in range(self.num_local_experts):
+            self.deepspeed_moe.experts.deepspeed_experts.init_expert(index, std, _stream(seed, 1 + first + index))
+
+
+class RoutedExperts(nn.Module):
+    """Router, dispatch, experts and combine; named so that state dicts read as DeepSpeed's `MOELayer`'s."""
+
+    def __init__(self, gate: Router, experts: Experts) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.ep_group: torch.distributed.ProcessGroup | None = None
+
+    def _set_ep_group(self, group: torch.distributed.ProcessGroup) -> None:
+        self.ep_group = group
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., D] → (output [..., D], auxiliary loss, counts [E])."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing, aux_loss = self.gate(x_TD, used_token)
+        if self.ep_group is None and routing.mask_TE.shape[1] != self.experts.num_local_experts:
+            raise RuntimeError(
+                f"MoE with ep_size = {routing.mask_TE.shape[1] // self.experts.num_local_experts}: the expert-parallel "
+                "group does not exist yet; call ds_remoe.initialize (or layer.set_deepspeed_parallelism()) first"
+            )
+        dispatched = dispatch(x_TD, routing, self.ep_group)
+        out_MD = self.experts.deepspeed_experts(dispatched)
+        output = combine(out_MD, dispatched.plan, x_TD.shape[0])
+        return output.view(hidden_states.shape), aux_loss, routing.counts_E
+
+
+class Experts(nn.Module):
+    """Holds the experts under DeepSpeed's name for them."""
+
+    def __init__(self, deepspeed_experts: StackedSwiGLU | ModuleExperts, num_local_experts: int) -> None:
+        super().__init__()
+        self.deepspeed_experts = deepspeed_experts
+        self.num_local_experts = num_local_experts
+
+
+def _build_experts(expert: nn.Module, hidden_size: int, num_local_experts: int) -> Experts:
+    if type(expert) is not SwiGLU:
+        return Experts(ModuleExperts(expert, num_local_experts), num_local_experts)
+    down = expert.down_proj.weight
+    if down.shape[0] != hidden_size:
+        raise ValueError(f"expert: its width is {down.shape[0]}, but hidden_size = {hidden_size}")
+    device = torch.get_default_device() if down.is_meta else down.device
+    stacked = StackedSwiGLU(hidden_size, down.shape[1], num_local_experts, device, down.dtype)
+    return Experts(stacked, num_local_experts)
+
+
+def _stream(seed: int, index: int) -> torch.Generator:
+    """An independent random stream for one expert (or the router, index 0)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03) & (2**63 - 1)
+    return torch.Generator().manual_seed(mixed)

@@ -1,0 +1,194 @@
+"""Adaptive L1 control of ReLU routing (paper eq. 6-11)."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_remoe.config.schema import SparsityConfig
+from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
+
+
+class CoefficientRule(Protocol):
+    """How the L1 coefficient follows the measured sparsity."""
+
+    def next(self, coefficient: float, sparsity: float, target: float) -> float:
+        """The coefficient of the next optimizer step."""
+        ...
+
+
+@dataclass(frozen=True)
+class SignRule:
+    """λ_{i+1} = λ_i · α^{sign((1 − k/E) − S_i)}, the paper's rule (7)."""
+
+    alpha: float = 1.2
+
+    def next(self, coefficient: float, sparsity: float, target: float) -> float:
+        """One step of (7)."""
+        if sparsity < target:
+            return coefficient * self.alpha
+        return coefficient / self.alpha if sparsity > target else coefficient
+
+
+class SparsitySlot:
+    """A ReLU router's view of its controller: the coefficient on the device and the layer's share of the loss."""
+
+    def __init__(self) -> None:
+        self._controller: weakref.ref[SparsityController] | None = None
+        self._warned = False
+
+    def connect(self, controller: SparsityController) -> None:
+        """Take λ, the number of layers and the regulariser from `controller` from now on."""
+        self._controller = weakref.ref(controller)
+
+    def loss(
+        self, weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, training: bool
+    ) -> tuple[Tensor, Tensor]:
+        """This layer's share of λ·L_reg, and its L_reg.
+
+        Args:
+            weight_sums_E: Σ_t R(x_t)_e, differentiable.
+            counts_E: active tokens of each expert.
+            tokens: T.
+            k: wanted mean number of active experts a token.
+            training: whether a missing controller is worth a warning.
+
+        Returns:
+            (λ/L · L_reg,l, L_reg,l) with L_reg,l = (1/T) Σ_t Σ_e f_e R(x_t)_e, so that the layers' first values add
+            up to λ·L_reg of eq. (10), or (9), or the f² variant. Without a controller λ is the default λ_0 and L is 1.
+        """
+        controller = self._controller() if self._controller is not None else None
+        if controller is None:
+            if training and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "a ReLU router is training without a SparsityController, so its L1 coefficient stays at "
+                    f"{SparsityConfig().lambda_init} and its routing stays dense; use ds_remoe.initialize in place of "
+                    "deepspeed.initialize, or make a SparsityController(model) and call its step() after engine.step()",
+                    stacklevel=2,
+                )
+            config, scale = SparsityConfig(), torch.full_like(weight_sums_E[0].detach(), SparsityConfig().lambda_init)
+        else:
+            config, scale = controller.config, controller.layer_coefficient(weight_sums_E.device)
+        regulariser = _regulariser(weight_sums_E, counts_E, tokens, k, config)
+        return scale.to(regulariser.dtype) * regulariser, regulariser.detach()
+
+
+def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, config: SparsityConfig) -> Tensor:
+    """(1/T) Σ_t Σ_e f_e R(x_t)_e with f of eq. (11), f² or 1."""
+    tokens = max(tokens, 1)
+    if config.regularizer == "l1":
+        return weight_sums_E.sum() / tokens
+    balance_E = counts_E.to(weight_sums_E.dtype)
+    scope_tokens: Tensor | int = tokens
+    if config.balance_scope == "data_parallel" and dist.is_initialized():
+        totals = torch.cat([balance_E, balance_E.new_full((1,), tokens)])
+        dist.all_reduce(totals)
+        balance_E, scope_tokens = totals[:-1], totals[-1]
+    balance_E = balance_E * (len(counts_E) / k) / scope_tokens
+    if config.regularizer == "l1_load_balanced_squared":
+        balance_E = balance_E.square()
+    return (balance_E * weight_sums_E).sum() / tokens
+
+
+class SparsityController:
+    """Steers the ReLU routers of one model to the sparsity 1 − k/E with one L1 coefficient λ.
+
+    It connects to every ReLU router of `model`. The routers count on the device; `step`, once per optimizer step, sums
+    the counts over all ranks and moves λ. `ds_remoe.initialize` does all that.
+
+    Args:
+        model: module that holds at least one ReLU router (in a `ds_remoe.MoE` or as a `ds_remoe.ReLUGate`).
+        config: λ_0, α, regulariser and scope of the balance weight.
+        rule: how λ moves; default: the paper's rule with config.alpha.
+
+    Attributes:
+        coefficient: λ that the next forward pass uses.
+        history: (λ, S) of each optimizer step so far, λ as it was in that step.
+        target_sparsity: 1 − Σ_l k_l / Σ_l E_l.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: SparsityConfig | None = None, *, rule: CoefficientRule | None = None
+    ) -> None:
+        routers = relu_routers(model)
+        if not routers:
+            raise ValueError(
+                "SparsityController: the model has no ReLU router; build it with ds_remoe.MoE(router='relu') or "
+                "put a ds_remoe.ReLUGate into its MOELayer"
+            )
+        self.config = config if config is not None else SparsityConfig()
+        self.rule: CoefficientRule = rule if rule is not None else SignRule(self.config.alpha)
+        self.coefficient = self.config.lambda_init
+        self.history: list[tuple[float, float]] = []
+        self.num_layers = len(routers)
+        self.target_sparsity = 1.0 - sum(r.k for r in routers) / sum(r.num_experts for r in routers)
+        self.statistics: RoutingStatistics = connect_all((r.statistics, r.num_experts) for r in routers)
+        self._device_coefficient: Tensor | None = None
+        for router in routers:
+            router.control.connect(self)
+
+    def layer_coefficient(self, device: torch.device) -> Tensor:
+        """λ/L as an fp64 scalar on `device`; it changes in place, so no router ever reads λ from the host."""
+        if self._device_coefficient is None or self._device_coefficient.device != device:
+            self._device_coefficient = torch.tensor(
+                self.coefficient / self.num_layers, dtype=torch.float64, device=device
+            )
+        return self._device_coefficient
+
+    def step(self, *, applied: bool = True, group: dist.ProcessGroup | None = None) -> RoutingReport | None:
+        """Close one optimizer step: sum the statistics over all ranks and move λ.
+
+        Args:
+            applied: False where the optimizer skipped the step (overflow): the counts are dropped, λ stays.
+            group: ranks that train together; default: the world. All of them must call.
+
+        Returns:
+            The step's routing report; None where nothing was routed.
+        """
+        report = self.statistics.reduce(group)
+        if report is not None and applied:
+            self.update(report)
+        return report
+
+    def update(self, report: RoutingReport) -> None:
+        """Move λ by the rule for a step with this routing."""
+        sparsity = report.sparsity
+        self.history.append((self.coefficient, sparsity))
+        self._set_coefficient(self.rule.next(self.coefficient, sparsity, self.target_sparsity))
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ and its history at full precision."""
+        return {"coefficient": self.coefficient, "history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        missing = {"coefficient", "history"} - state.keys()
+        if missing:
+            raise KeyError(f"SparsityController.load_state_dict: the state lacks {sorted(missing)}")
+        self.history = [(float(coefficient), float(sparsity)) for coefficient, sparsity in state["history"]]
+        self._set_coefficient(float(state["coefficient"]))
+
+    def _set_coefficient(self, coefficient: float) -> None:
+        self.coefficient = coefficient
+        if self._device_coefficient is not None:
+            self._device_coefficient.fill_(coefficient / self.num_layers)
+
+
+class _ReLURouterLike(Protocol):
+    k: int
+    num_experts: int
+    control: SparsitySlot
+    statistics: Any
+
+
+def relu_routers(model: nn.Module) -> Sequence[_ReLURouterLike]:
+    """The ReLU routers of a model, in its order."""
+    return [m for m in model.modules() if isinstance(getattr(m, "control", None), SparsitySlot)]  # type: ignore[misc]

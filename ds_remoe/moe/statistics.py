@@ -1,0 +1,161 @@
+"""Routing statistics: counted on the device in every micro-batch, made global once per optimizer step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """One layer over one optimizer step, all micro-batches and ranks together.
+
+    Attributes:
+        tokens: tokens that passed the layer.
+        active: active tokens of each expert.
+        weight_sums: sum of the router weights of each expert.
+        aux_loss: mean over micro-batches and ranks of the layer's auxiliary loss before its coefficient:
+            the regulariser of eq. (9) or (10) for this layer, or the Switch loss.
+    """
+
+    tokens: int
+    active: tuple[int, ...]
+    weight_sums: tuple[float, ...]
+    aux_loss: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of (token, expert) pairs that are inactive."""
+        return 1.0 - sum(self.active) / (self.tokens * len(self.active))
+
+    @property
+    def load(self) -> tuple[float, ...]:
+        """Share of the tokens that each expert saw."""
+        return tuple(count / self.tokens for count in self.active)
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """All layers over one optimizer step."""
+
+    layers: tuple[LayerRouting, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """S of eq. (8): over all layers, micro-batches and data-parallel ranks."""
+        pairs = sum(layer.tokens * len(layer.active) for layer in self.layers)
+        return 1.0 - sum(sum(layer.active) for layer in self.layers) / pairs
+
+    @property
+    def active_experts_per_token(self) -> float:
+        """Mean number of active experts of a token in a layer."""
+        return sum(sum(layer.active) for layer in self.layers) / sum(layer.tokens for layer in self.layers)
+
+    @property
+    def aux_loss(self) -> float:
+        """Mean of the layers' auxiliary losses before their coefficient: L_reg for ReLU routers."""
+        return sum(layer.aux_loss for layer in self.layers) / len(self.layers)
+
+
+class RoutingStatistics:
+    """Collects what the routers of one model did since the last `reduce`.
+
+    One tensor holds all layers; a router adds to its row without reading anything back. A forward pass that repeats an
+    earlier one inside backward (activation checkpointing) is not counted again.
+
+    Args:
+        experts_per_layer: number of experts of each router, in the model's order.
+    """
+
+    def __init__(self, experts_per_layer: Sequence[int]) -> None:
+        self.experts_per_layer = tuple(experts_per_layer)
+        self._sums: Tensor | None = None
+
+    def add(self, layer: int, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: int) -> None:
+        """Add one micro-batch of one layer; nothing is read from the device."""
+        if self._sums is None:
+            self._sums = torch.zeros(
+                len(self.experts_per_layer), self._width, dtype=torch.float64, device=counts_E.device
+            )
+        row = self._sums[layer]
+        num_experts = self.experts_per_layer[layer]
+        row[0] += tokens
+        row[1] += 1
+        row[2] += aux_loss.detach()
+        row[3 : 3 + num_experts] += counts_E
+        row[3 + num_experts : 3 + 2 * num_experts] += weight_sums_E.detach()
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> RoutingReport | None:
+        """Sum over all ranks of `group` (default: the world), reset, and return the report.
+
+        Every rank of the group must call it. One all-reduce and one read from the device.
+
+        Returns:
+            None where no rank routed a token since the last call.
+        """
+        distributed = dist.is_available() and dist.is_initialized()
+        if self._sums is None:
+            if not distributed or dist.get_world_size(group) == 1:
+                return None
+            raise RuntimeError(
+                "RoutingStatistics.reduce: this rank ran no training forward pass since the model was made, so the "
+                "ranks cannot agree; run the model in training mode before the optimizer step"
+            )
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if distributed and dist.get_world_size(group) > 1:
+            dist.all_reduce(sums, group=group)
+        rows = sums.tolist()
+        if any(row[0] == 0 for row in rows):
+            return None
+        return RoutingReport(tuple(self._layer(row, n) for row, n in zip(rows, self.experts_per_layer, strict=True)))
+
+    @staticmethod
+    def _layer(row: list[float], num_experts: int) -> LayerRouting:
+        return LayerRouting(
+            tokens=int(row[0]),
+            active=tuple(int(count) for count in row[3 : 3 + num_experts]),
+            weight_sums=tuple(row[3 + num_experts : 3 + 2 * num_experts]),
+            aux_loss=row[2] / row[1],
+        )
+
+    @property
+    def _width(self) -> int:
+        return 3 + 2 * max(self.experts_per_layer)
+
+
+class StatisticsSlot:
+    """A router's place in the statistics; empty until `connect`."""
+
+    def __init__(self) -> None:
+        self._statistics: weakref.ref[RoutingStatistics] | None = None
+        self._layer = -1
+
+    def connect(self, statistics: RoutingStatistics, layer: int) -> None:
+        """Count into row `layer` of `statistics` from now on."""
+        self._statistics, self._layer = weakref.ref(statistics), layer
+
+    def add(self, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: int) -> None:
+        """Count one forward pass, unless it is a recomputation or nobody listens."""
+        statistics = self._statistics() if self._statistics is not None else None
+        if statistics is not None and not in_backward():
+            statistics.add(self._layer, counts_E, weight_sums_E, aux_loss, tokens)
+
+
+def connect_all(slots: Iterable[tuple[StatisticsSlot, int]]) -> RoutingStatistics:
+    """Give every (slot, number of experts) a row in one new `RoutingStatistics`."""
+    pairs = list(slots)
+    statistics = RoutingStatistics([num_experts for _, num_experts in pairs])
+    for layer, (slot, _) in enumerate(pairs):
+        slot.connect(statistics, layer)
+    return statistics
+
+
+def in_backward() -> bool:
+    """True while autograd runs a backward pass, where a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
