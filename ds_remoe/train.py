@@ -1,0 +1,65 @@
+"""Entry point of a launched rank: `deepspeed --module ds_remoe.train --config FILE [--set path=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ds_remoe.config import load_run_or_exit
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of a rank."""
+    parser = argparse.ArgumentParser(prog="ds_remoe.train", description=__doc__)
+    parser.add_argument("--config", required=True, help="a DeepSpeed JSON file with a remoe section")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override one value, e.g. remoe.moe.k=2"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help="auto: continue from the newest checkpoint, if any (default); none: start anew; or a checkpoint's name",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train; returns the process's exit code: 0, or 2 where configuration or checkpoint cannot be used."""
+    options = parse_arguments(arguments)
+    from deepspeed.accelerator import get_accelerator
+
+    run = load_run_or_exit(
+        options.config,
+        options.set,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        accelerator=get_accelerator()._name,
+    )
+    from ds_remoe.data.documents import DataError
+    from ds_remoe.training import runtime
+    from ds_remoe.training.manifest import CheckpointError
+    from ds_remoe.training.metrics import MetricsError
+    from ds_remoe.training.report import report
+    from ds_remoe.training.trainer import Trainer
+
+    runtime.quiet_output()
+    device = runtime.start(run.remoe.train.seed)
+    try:
+        trainer = Trainer(run, device)
+        outcome = trainer.train(options.resume)
+    except (CheckpointError, DataError, MetricsError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(error, file=sys.stderr, flush=True)
+        return 2
+    if not outcome.trained:
+        print(f"Nothing to do: {outcome.checkpoint} is at step {outcome.step} of {run.remoe.train.steps}.")
+        print(f"To train on: {trainer.continue_command()}")
+    elif outcome.stopped_by is None:
+        report(trainer, outcome)
+    runtime.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

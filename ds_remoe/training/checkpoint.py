@@ -1,0 +1,174 @@
+"""Checkpoints: DeepSpeed's files, each rank's random state, a manifest written last, and a pointer moved after it."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import ds_remoe
+from ds_remoe.training.manifest import CheckpointError, Manifest, RunIdentity, sync_folder, write_atomically
+
+LATEST = "latest"
+_TAG = re.compile(r"step(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, a folder each, named by step; every rank calls every method.
+
+    Attributes:
+        folder: on a file system that all ranks share.
+        identity: of this run.
+        keep: newest checkpoints that stay.
+    """
+
+    folder: Path
+    identity: RunIdentity
+    keep: int
+
+    def save(self, engine: Any, step: int, samples: int, wandb_run_id: str | None) -> Path:
+        """Save after optimizer step `step`; on return the checkpoint is complete and `latest` names it.
+
+        A process killed at any moment leaves the previous checkpoint the latest: the manifest comes after all files,
+        the pointer after the manifest, and older checkpoints go last.
+        """
+        tag = f"step{step:08d}"
+        target = self.folder / tag
+        if dist.get_rank() == 0 and target.exists():
+            shutil.rmtree(target)  # left by a save that was killed
+        dist.barrier()
+        engine.save_checkpoint(str(self.folder), tag, save_latest=False)
+        torch.save(_random_state(), target / _random_state_file())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            files = sorted(path for path in target.rglob("*") if path.is_file())
+            for path in files:
+                _sync_file(path)
+            Manifest(
+                step=step,
+                samples=samples,
+                identity=self.identity,
+                wandb_run_id=wandb_run_id,
+                versions={
+                    "ds_remoe": ds_remoe.__version__,
+                    "deepspeed": deepspeed.__version__,
+                    "torch": str(torch.__version__),
+                },
+                files={str(path.relative_to(target)): path.stat().st_size for path in files},
+            ).write(target)
+            write_atomically(self.folder / LATEST, tag)
+            self._prune()
+        dist.barrier()
+        return target
+
+    def choose(self, resume: str) -> Path | None:
+        """The checkpoint that `--resume` means, decided by rank 0 for all.
+
+        Args:
+            resume: "auto" (the latest, or none where there is none yet), "none", or a tag such as "step00000100".
+
+        Raises:
+            CheckpointError: the tag does not exist, or "none" would overwrite checkpoints.
+        """
+        choice: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                choice[0] = self._choose(resume)
+            except CheckpointError as error:
+                choice[0] = error
+        dist.broadcast_object_list(choice, src=0)
+        if isinstance(choice[0], CheckpointError):
+            raise choice[0]
+        return choice[0]
+
+    def load(self, engine: Any, checkpoint: Path) -> Manifest:
+        """Restore model, optimizer shards, scheduler, λ and random state.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or belongs to another run.
+        """
+        manifest = Manifest.read(checkpoint)
+        manifest.check_identity(self.identity, checkpoint)
+        manifest.check_files(checkpoint)
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), checkpoint.name)
+        if path is None or engine.global_steps != manifest.step:
+            raise CheckpointError(
+                f"{checkpoint}: DeepSpeed loaded step {engine.global_steps}, but the manifest says {manifest.step}; "
+                "its files are of another step. Resume from another checkpoint"
+            )
+        _restore_random_state(torch.load(checkpoint / _random_state_file(), weights_only=True))
+        return manifest
+
+    def _choose(self, resume: str) -> Path | None:
+        pointer = self.folder / LATEST
+        if resume == "none":
+            if pointer.exists():
+                raise CheckpointError(
+                    f"--resume none: {self.folder} holds checkpoints of an earlier run; remove it, choose another "
+                    "remoe.train.output_dir, or resume with --resume auto"
+                )
+            return None
+        if resume != "auto":
+            chosen = self.folder / resume
+            if not chosen.is_dir():
+                raise CheckpointError(f"--resume {resume}: {chosen} does not exist; {self._what_exists()}")
+            return chosen
+        return self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+    def _what_exists(self) -> str:
+        tags = [path.name for path in self._all()]
+        return f"there are {', '.join(tags)}" if tags else "there are no checkpoints"
+
+    def _all(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if path.is_dir() and _TAG.fullmatch(path.name))
+
+    def _prune(self) -> None:
+        for path in self._all()[: -self.keep]:
+            shutil.rmtree(path)
+        sync_folder(self.folder)
+
+
+def _random_state_file() -> str:
+    return f"random_state_rank_{dist.get_rank():05d}.pt"
+
+
+def _random_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {"key": numpy_state["state"]["key"].tolist(), **_position(numpy_state)}},
+    }
+
+
+def _position(numpy_state: Any) -> dict[str, int]:
+    return {"pos": int(numpy_state["state"]["pos"])}
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = state["numpy"]
+    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,65 @@
+"""Start of a launched process: device, process group, random state, and the signals that ask for a last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import sys
+import warnings
+from types import FrameType
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_remoe.deepspeed_compat import use_gloo_only
+
+
+def start(seed: int) -> torch.device:
+    """Make the process group, choose this rank's device and seed its random state.
+
+    Returns:
+        The device that this rank trains on.
+    """
+    accelerator = get_accelerator()
+    backend = accelerator.communication_backend_name()
+    if accelerator._name == "cpu":
+        use_gloo_only()
+        backend = "gloo"
+    else:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    random.seed(seed + dist.get_rank())
+    np.random.seed(seed + dist.get_rank())
+    torch.manual_seed(seed + dist.get_rank())
+    return torch.device(accelerator.current_device_name())
+
+
+def stop() -> None:
+    """Leave the process group, once every rank is done."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def quiet_output() -> None:
+    """Keep DeepSpeed's start-up chatter out of the terminal; warnings and errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if int(os.environ.get("RANK", "0")) != 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # libraries print on every rank
+
+
+class StopSignals:
+    """Remembers that SIGTERM or SIGUSR1 came, so that the loop can finish its step and save."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, self._remember)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(signum).name

@@ -1,0 +1,266 @@
+"""The training loop: steps, evaluation, checkpoints and logs of one run."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_remoe.config import RunConfig
+from ds_remoe.config.batch import BatchSizes
+from ds_remoe.data.batches import MicroBatches, training_batches, validation_batches
+from ds_remoe.data.prepare import PreparedData, prepare
+from ds_remoe.model.decoder import Decoder
+from ds_remoe.model.flops import flops_per_token
+from ds_remoe.training.checkpoint import Checkpoints
+from ds_remoe.training.engine import initialize
+from ds_remoe.training.manifest import Manifest, RunIdentity
+from ds_remoe.training.metrics import MetricsLog
+from ds_remoe.training.progress import TrainProgress
+from ds_remoe.training.record import StepRecord
+from ds_remoe.training.runtime import StopSignals
+from ds_remoe.training.wandb_run import WandbRun
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a session of a run ended.
+
+    Attributes:
+        step: optimizer steps done.
+        checkpoint: the newest one.
+        stopped_by: name of the signal that ended it early; None where all steps are done.
+        trained: whether this session did any step.
+        seconds: wall time of this session.
+    """
+
+    step: int
+    checkpoint: Path
+    stopped_by: str | None
+    trained: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _StepLosses:
+    lm_loss: float
+    aux_loss: float
+    stop: bool
+
+
+class Trainer:
+    """Builds data, model and engine of a run on this rank, and trains it.
+
+    Args:
+        run: a configuration that passed its checks.
+        device: of this rank; the process group exists.
+    """
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        self.run, self.config, self.device = run, run.remoe, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.batch: BatchSizes = run.batch_sizes(self.world_size)
+        self.signals = StopSignals()
+        self.data: PreparedData = prepare(self.config.data, self.config.model.seq_length, progress=self.rank == 0)
+        train = self.config.train
+        shape = {"micro_batch_size": self.batch.micro_batch, "world_size": self.world_size}
+        self.train_batches: MicroBatches = training_batches(
+            self.data.train, seed=train.seed, accumulation_steps=self.batch.accumulation, **shape
+        )
+        self.valid_batches: MicroBatches = validation_batches(
+            self.data.valid, num_micro_batches=train.eval_batches * self.world_size, **shape
+        )
+        vocab_size = self.data.tokenizer.vocab_size
+        self.model = Decoder(self.config.model, self.config.moe, vocab_size, train.seed)
+        self.engine, *_ = initialize(
+            model=self.model, model_parameters=list(self.model.parameters()), config=run.deepspeed
+        )
+        self.checkpoints = Checkpoints(self.config.output_dir / "checkpoints", self._identity(), train.keep_checkpoints)
+
+    def train(self, resume: str = "auto") -> Outcome:
+        """Train from the chosen checkpoint (or the start) to the last step, or until a signal.
+
+        Args:
+            resume: "auto", "none" or a checkpoint's tag.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be continued by this run.
+        """
+        began = time.monotonic()
+        checkpoint = self.checkpoints.choose(resume)
+        manifest: Manifest | None = self.checkpoints.load(self.engine, checkpoint) if checkpoint else None
+        start = manifest.step if manifest else 0
+        if checkpoint is not None and start >= self.config.train.steps:
+            return Outcome(start, checkpoint, None, False, time.monotonic() - began)
+        stopped_by: str | None = None
+        with _Logs(self, start, manifest.wandb_run_id if manifest else None) as logs:
+            if checkpoint is not None:
+                logs.progress.message(f"continuing from {checkpoint}")
+            for step in range(start, self.config.train.steps):
+                losses, record = self._step(step)
+                logs.write(record)
+                done = record.step == self.config.train.steps
+                stop = losses.stop and not done
+                if done or stop or record.step % self.config.train.save_interval == 0:
+                    logs.sync()
+                    checkpoint = self.checkpoints.save(self.engine, record.step, record.samples, logs.wandb_run_id)
+                if stop:
+                    stopped_by = self.signals.received or "a signal to another rank"
+                    logs.progress.message(f"stopped by {stopped_by} after step {record.step}; saved {checkpoint}")
+                    break
+        assert checkpoint is not None
+        return Outcome(record.step, checkpoint, stopped_by, True, time.monotonic() - began)
+
+    def evaluate(self) -> float:
+        """Mean language-model loss over the validation batches, all ranks together, in nats per token."""
+        self.engine.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for index in range(self.config.train.eval_batches):
+                inputs, labels = self._batch(self.valid_batches, 0, index)
+                total += self.engine(inputs, labels).lm_loss
+        self.engine.train()
+        dist.all_reduce(total)
+        return float(total) / (self.config.train.eval_batches * self.world_size)
+
+    def continue_command(self) -> str:
+        """The command that trains twice as long from the newest checkpoint."""
+        steps = 2 * self.config.train.steps
+        settings = [f"remoe.train.steps={steps}"]
+        if "scheduler" in self.run.deepspeed:
+            settings.append(f"scheduler.params.total_num_steps={steps}")
+        overrides = " ".join(f"--set {setting}" for setting in settings)
+        path = shlex.quote(str(self.run.path))
+        return f"bash launch/train.sh {self.world_size} --config {path} {overrides}"
+
+    def _step(self, step: int) -> tuple[_StepLosses, StepRecord]:
+        """One optimizer step, counted from 0, with its evaluation where one is due."""
+        began = time.monotonic()
+        learning_rate = float(self.engine.get_lr()[0])
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for index in range(self.batch.accumulation):
+            inputs, labels = self._batch(self.train_batches, step, index)
+            output = self.engine(inputs, labels)
+            self.engine.backward(output.loss)
+            self.engine.step()
+            sums[0] += output.lm_loss.detach()
+            sums[1] += output.aux_loss.detach()
+        sums[2] = float(self.signals.received is not None)
+        dist.all_reduce(sums)
+        lm_sum, aux_sum, stops = sums.tolist()
+        micro_batches = self.batch.accumulation * self.world_size
+        losses = _StepLosses(lm_sum / micro_batches, aux_sum / micro_batches, stops > 0)
+        seconds = time.monotonic() - began
+        due = (step + 1) % self.config.train.eval_interval == 0 or step + 1 == self.config.train.steps
+        valid_loss = self.evaluate() if due else None
+        return losses, self._record(step + 1, losses, learning_rate, seconds, valid_loss)
+
+    def _batch(self, batches: MicroBatches, step: int, index: int) -> tuple[Tensor, Tensor]:
+        tokens = batches.tokens(step, index, self.rank).to(self.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _record(
+        self, step: int, losses: _StepLosses, learning_rate: float, seconds: float, valid_loss: float | None
+    ) -> StepRecord:
+        routing, controller = self.engine.remoe.report, self.engine.remoe.controller
+        config = self.config
+        step_tokens = self.batch.global_batch * config.model.seq_length
+        active = routing.active_experts_per_token if routing else 0.0
+        flops = flops_per_token(config.model, config.moe, self.data.tokenizer.vocab_size, active) * step_tokens
+        tflops = flops / seconds / self.world_size / 1e12
+        peak = config.logging.peak_tflops
+        return StepRecord(
+            step=step,
+            samples=step * self.batch.global_batch,
+            tokens=step * step_tokens,
+            lm_loss=losses.lm_loss,
+            aux_loss=losses.aux_loss,
+            l1_coefficient=controller.history[-1][0] if controller and controller.history else None,
+            l1_loss=routing.aux_loss if controller and routing else None,
+            sparsity=routing.sparsity if routing else None,
+            layer_sparsity=tuple(layer.sparsity for layer in routing.layers) if routing else (),
+            active_experts_per_token=active if routing else None,
+            expert_load=tuple(layer.load for layer in routing.layers) if routing else (),
+            learning_rate=learning_rate,
+            grad_norm=self.engine.remoe.grad_norm,
+            tokens_per_second=step_tokens / seconds,
+            tflops_per_device=tflops,
+            mfu=tflops / peak if peak else None,
+            step_seconds=seconds,
+            valid_loss=valid_loss,
+        )
+
+    def _identity(self) -> RunIdentity:
+        deepspeed = self.run.deepspeed
+        precisions = [name for name in ("bf16", "fp16") if deepspeed.get(name, {}).get("enabled", False)]
+        return RunIdentity(
+            world_size=self.world_size,
+            ep_size=self.config.moe.ep_size,
+            zero_stage=int(self.engine.zero_optimization_stage()),
+            dtype=precisions[0] if precisions else "fp32",
+            micro_batch_size=self.batch.micro_batch,
+            gradient_accumulation_steps=self.batch.accumulation,
+            optimizer=deepspeed["optimizer"]["type"],
+            seed=self.config.train.seed,
+            data=self.data.fingerprint,
+            model=self.config.model.model_dump(mode="json"),
+            moe=self.config.moe.model_dump(mode="json"),
+        )
+
+
+class _Logs:
+    """Rank 0's progress bar, metrics.jsonl and W&B run; the other ranks' stay silent."""
+
+    def __init__(self, trainer: Trainer, start: int, wandb_run_id: str | None) -> None:
+        config = trainer.config
+        self._main = trainer.rank == 0
+        target = config.moe.target_sparsity if config.moe.router == "relu" else None
+        self.progress = TrainProgress(config.train.steps, start, target, enabled=self._main)
+        self._metrics: MetricsLog | None = None
+        self._wandb: WandbRun | None = None
+        if self._main:
+            self._metrics = MetricsLog.resume(config.output_dir / METRICS, start)
+            self._wandb = WandbRun(
+                config.logging.wandb,
+                trainer.run.deepspeed,
+                config.output_dir,
+                wandb_run_id,
+                histogram_interval=config.logging.histogram_interval,
+                warn=self.progress.message,
+            )
+
+    def __enter__(self) -> _Logs:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.progress.__exit__(kind, error, trace)
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish(0 if error is None else 1)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """Id of the W&B run that a checkpoint keeps."""
+        return self._wandb.run_id if self._wandb is not None else None
+
+    def write(self, record: StepRecord) -> None:
+        """Send a step to metrics.jsonl, W&B and the bar."""
+        if self._metrics is not None and self._wandb is not None:
+            self._metrics.append(record)
+            self._wandb.log(record)
+        self.progress.update(record)
+
+    def sync(self) -> None:
+        """Put metrics.jsonl on the disk, so that no checkpoint is ahead of it."""
+        if self._metrics is not None:
+            self._metrics.sync()
