@@ -126,8 +126,8 @@ class MoE(DeepSpeedMoE):
         self._init_experts(std, seed)
 
     def _init_experts(self, std: float | None, seed: int) -> None:
-        # The engine copies experts from the first ranks to their replicas, so the global rank serves as EP rank.
-        first = launched_rank() * self.num_local_experts
+        # The engine copies experts from the first EP group to its replicas, so the global rank serves as EP rank.
+        first = launched_rank() * self.num_local_experts if self.ep_size > 1 else 0
         for index in range(self.num_local_experts):
             self.deepspeed_moe.experts.deepspeed_experts.init_expert(index, std, _stream(seed, 1 + first + index))
 

@@ -58,7 +58,7 @@ class SparsitySlot:
             counts_E: active tokens of each expert.
             tokens: T.
             k: wanted mean number of active experts a token.
-            training: whether a missing controller is worth a warning.
+            training: False makes no collective and warns of no missing controller.
 
         Returns:
             (λ/L · L_reg,l, L_reg,l) with L_reg,l = (1/T) Σ_t Σ_e f_e R(x_t)_e, so that the layers' first values add
@@ -77,23 +77,24 @@ class SparsitySlot:
             config, scale = SparsityConfig(), torch.full_like(weight_sums_E[0].detach(), SparsityConfig().lambda_init)
         else:
             config, scale = controller.config, controller.layer_coefficient(weight_sums_E.device)
-        regulariser = _regulariser(weight_sums_E, counts_E, tokens, k, config)
+        everywhere = training and config.balance_scope == "data_parallel"
+        regulariser = _regulariser(weight_sums_E, counts_E, tokens, k, config.regularizer, everywhere)
         return scale.to(regulariser.dtype) * regulariser, regulariser.detach()
 
 
-def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, config: SparsityConfig) -> Tensor:
-    """(1/T) Σ_t Σ_e f_e R(x_t)_e with f of eq. (11), f² or 1."""
+def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, kind: str, all_ranks: bool) -> Tensor:
+    """(1/T) Σ_t Σ_e f_e R(x_t)_e with f of eq. (11), f² or 1; f over the tokens of all ranks where asked."""
     tokens = max(tokens, 1)
-    if config.regularizer == "l1":
+    if kind == "l1":
         return weight_sums_E.sum() / tokens
     balance_E = counts_E.to(weight_sums_E.dtype)
     scope_tokens: Tensor | int = tokens
-    if config.balance_scope == "data_parallel" and dist.is_initialized():
+    if all_ranks and dist.is_initialized():
         totals = torch.cat([balance_E, balance_E.new_full((1,), tokens)])
         dist.all_reduce(totals)
         balance_E, scope_tokens = totals[:-1], totals[-1]
     balance_E = balance_E * (len(counts_E) / k) / scope_tokens
-    if config.regularizer == "l1_load_balanced_squared":
+    if kind == "l1_load_balanced_squared":
         balance_E = balance_E.square()
     return (balance_E * weight_sums_E).sum() / tokens
 

@@ -1,0 +1,205 @@
+"""The sparsity controller against the paper's arithmetic (eq. 6-11)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ds_remoe.config.schema import SparsityConfig
+from ds_remoe.moe.routers import ReLURouter, TopKRouter
+from ds_remoe.moe.sparsity import SignRule, SparsityController
+from ds_remoe.moe.statistics import LayerRouting, RoutingReport, connect_all
+
+D, T = 6, 11
+
+
+def routers(*shapes: tuple[int, int]) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(ReLURouter(D, experts, k) for experts, k in shapes)
+
+
+def tokens(seed: int, count: int = T) -> torch.Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [(0.5, 1e-8 * 1.2), (0.9, 1e-8 / 1.2), (0.875, 1e-8)],
+    ids=["dense", "sparse", "on target"],
+)
+def test_the_rule_is_equation_7(sparsity: float, expected: float) -> None:
+    assert SignRule(1.2).next(1e-8, sparsity, 0.875) == expected
+
+
+@pytest.mark.parametrize("regularizer", ["l1", "l1_load_balanced", "l1_load_balanced_squared"])
+def test_layer_losses_add_up_to_the_regulariser(regularizer: str) -> None:
+    """λ·L_reg of (9), (10) and the f² variant, written out over layers, tokens and experts."""
+    model = routers((5, 2), (5, 2), (5, 2))
+    config = SparsityConfig(lambda_init=0.3, regularizer=regularizer)
+    controller = SparsityController(model, config)
+    expected, losses = 0.0, 0.0
+    for layer, router in enumerate(model):
+        routing, loss = router(tokens(layer))
+        losses += loss
+        weights = torch.relu(tokens(layer).double() @ router.wg.weight.detach().double().t())
+        for e in range(5):
+            active = int((weights[:, e] > 0).sum())
+            f = {"l1": 1.0}.get(regularizer, 5 / (2 * T) * active)
+            f = f * f if regularizer.endswith("squared") else f
+            expected += 0.3 * f * float(weights[:, e].sum()) / (3 * T)
+        assert routing.counts_E.tolist() == (weights > 0).sum(0).tolist()
+    assert float(losses) == pytest.approx(expected, rel=1e-6)
+    assert controller.coefficient == 0.3
+
+
+def test_the_balance_weight_carries_no_gradient() -> None:
+    model = routers((4, 1))
+    controller = SparsityController(model, SparsityConfig(lambda_init=1.0))
+    x = tokens(0)
+    _, loss = model[0](x)
+    (loss / controller.coefficient).backward()
+    active = (x @ model[0].wg.weight.t() > 0).double()
+    f = 4 / T * active.sum(0)
+    expected = (f[:, None] * (active.t() @ x.double())) / T
+    torch.testing.assert_close(model[0].wg.weight.grad.double(), expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_sparsity_is_over_layers_and_micro_batches() -> None:
+    model = routers((4, 1), (8, 2))
+    controller = SparsityController(model)
+    active = pairs = 0
+    for seed, count in ((0, 3), (1, 17), (2, 0), (3, 8)):
+        for router in model:
+            routing, _ = router(tokens(seed, count))
+            active += int(routing.counts_E.sum())
+            pairs += count * router.num_experts
+    report = controller.step()
+    assert report is not None
+    assert report.sparsity == pytest.approx(1 - active / pairs, abs=1e-12)
+    assert controller.target_sparsity == 1 - 3 / 12
+    assert [layer.tokens for layer in report.layers] == [28, 28]
+    assert controller.history == [(1e-8, report.sparsity)]
+
+
+def test_lambda_moves_once_a_step_and_not_on_a_skipped_one() -> None:
+    model = routers((8, 1))
+    controller = SparsityController(model, SparsityConfig(lambda_init=1.0, alpha=2.0))
+    model[0](tokens(0))
+    controller.step(applied=False)
+    assert (controller.coefficient, controller.history) == (1.0, [])
+    assert controller.step() is None, "the skipped step's counts stayed"
+    model[0](tokens(0))
+    model[0](tokens(1))
+    controller.step()
+    assert controller.coefficient in (0.5, 2.0)
+    assert len(controller.history) == 1
+
+
+def test_the_device_coefficient_follows() -> None:
+    """The next forward pass uses the new λ, though the router never asks the host for it."""
+    model = routers((4, 1))
+    controller = SparsityController(model, SparsityConfig(lambda_init=1e-3, alpha=1.5))
+    _, first = model[0](tokens(0))
+    report = controller.step()
+    assert report is not None
+    _, second = model[0](tokens(0))
+    ratio = 1.5 if report.sparsity < controller.target_sparsity else 1 / 1.5
+    assert float(second / first) == pytest.approx(ratio, rel=1e-6)
+
+
+def test_evaluation_and_recomputation_are_not_counted() -> None:
+    model = routers((4, 1))
+    controller = SparsityController(model)
+    model.eval()
+    model[0](tokens(0))
+    assert controller.step() is None
+    model.train()
+
+    def routed(x: torch.Tensor) -> torch.Tensor:
+        routing, loss = model[0](x)
+        return routing.weights_TE.sum() + loss
+
+    for reentrant in (False, True):
+        x = tokens(0).requires_grad_()
+        torch.utils.checkpoint.checkpoint(routed, x, use_reentrant=reentrant).backward()
+        report = controller.step()
+        assert report is not None
+        assert report.layers[0].tokens == T, f"reentrant={reentrant}"
+
+
+def test_state_survives_exactly() -> None:
+    first = SparsityController(routers((4, 1)), SparsityConfig(lambda_init=1e-8 / 3))
+    for sparsity in (0.1, 0.99, 0.5, 0.75):
+        active = round((1 - sparsity) * 400)
+        first.update(RoutingReport((LayerRouting(100, (active, 0, 0, 0), (1.0,) * 4, 0.5),)))
+    second = SparsityController(routers((4, 1)))
+    second.load_state_dict(first.state_dict())
+    assert second.coefficient == first.coefficient
+    assert second.history == first.history
+    with pytest.raises(KeyError, match="history"):
+        second.load_state_dict({"coefficient": 1.0})
+
+
+def test_another_rule_can_stand_beside_the_papers() -> None:
+    class Proportional:
+        def next(self, coefficient: float, sparsity: float, target: float) -> float:
+            return coefficient * math.exp(target - sparsity)
+
+    model = routers((4, 1))
+    controller = SparsityController(model, rule=Proportional())
+    model[0](tokens(0))
+    report = controller.step()
+    assert report is not None
+    assert controller.coefficient == 1e-8 * math.exp(0.75 - report.sparsity)
+
+
+def test_a_router_without_controller_says_so_once() -> None:
+    model = routers((4, 1))
+    with pytest.warns(UserWarning, match=r"ds_remoe\.initialize"):
+        model[0](tokens(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0](tokens(0))
+
+
+def test_a_model_without_relu_routers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no ReLU router"):
+        SparsityController(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_topk_router_is_equation_2_with_the_switch_loss(k: int) -> None:
+    torch.manual_seed(0)
+    router = TopKRouter(D, 5, k, aux_loss_coefficient=0.01)
+    statistics = connect_all([(router.statistics, 5)])
+    x = tokens(0)
+    routing, loss = router(x)
+    probs = torch.softmax(x.double() @ router.wg.weight.double().t(), dim=-1)
+    best = probs.topk(k, dim=-1).indices
+    assert routing.mask_TE.sum(dim=1).eq(k).all()
+    assert routing.mask_TE.gather(1, best).all()
+    torch.testing.assert_close(routing.weights_TE.double(), probs, rtol=1e-5, atol=1e-7)
+    share = torch.bincount(best.flatten(), minlength=5).double() / (k * T)
+    assert float(loss) == pytest.approx(float(0.01 * 5 * (share * probs.mean(0)).sum()), rel=1e-5)
+    report = statistics.reduce()
+    assert report is not None
+    assert report.active_experts_per_token == k
+
+
+def test_unused_tokens_pass_no_expert() -> None:
+    for router in (routers((4, 2))[0], TopKRouter(D, 4, 2)):
+        router.eval()
+        used = torch.tensor([1, 0] * 5 + [1])
+        routing, _ = router(tokens(0), used)
+        assert not routing.mask_TE[1::2].any()
+        assert routing.mask_TE[0::2].any()
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_k_out_of_range_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k = {k}: must be between 1 and num_experts = 4"):
+        ReLURouter(D, 4, k)
