@@ -1,0 +1,193 @@
+"""DeepSpeed's own way of using `MoE`: a user's model with the layer swapped in, and its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE as StockMoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from ranks import run_ranks
+from torch import Tensor, nn
+
+import ds_remoe
+from ds_remoe.moe import SwiGLU
+
+D, E = 8, 4
+
+
+class UserModel(nn.Module):
+    """As in DeepSpeed's tutorial: a stem, an MoE layer, a head, and `loss + coefficient * l_aux`."""
+
+    def __init__(self, layer: type[StockMoE], expert: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.stem = nn.Linear(D, D)
+        self.moe = layer(hidden_size=D, expert=expert, num_experts=E, **kwargs)
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        hidden, l_aux, _ = self.moe(self.stem(x))
+        return nn.functional.cross_entropy(self.head(hidden), target) + 0.01 * l_aux
+
+
+def expert(kind: str) -> nn.Module:
+    return SwiGLU(D, 6) if kind == "swiglu" else nn.Sequential(nn.Linear(D, 6), nn.ReLU(), nn.Linear(6, D))
+
+
+def config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 1_000_000_000,
+        "remoe": {"sparsity": {"lambda_init": 1e-3, "alpha": 1.3}},
+    }
+
+
+def build(kind: str, stage: int, seed: int, **kwargs: Any) -> Any:
+    torch.manual_seed(seed)
+    model = UserModel(ds_remoe.MoE, expert(kind), **kwargs)
+    groups = {"params": list(model.parameters()), "name": "parameters"}
+    engine, *_ = ds_remoe.initialize(
+        model=model,
+        model_parameters=split_params_into_different_moe_groups_for_optimizer(groups),
+        config=config(stage),
+    )
+    return engine
+
+
+def steps(engine: Any, first: int, count: int) -> list[float]:
+    losses = []
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+        x = torch.randn(4, D, generator=generator)
+        loss = engine(x, x[:, :3].argmax(dim=1))
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def train_save_resume(folder: str) -> list[str]:
+    """Every expert kind, ZeRO stage, ep_size, residual or not; returns what went wrong."""
+    wrong = []
+    for kind, stage, ep_size, residual in (
+        ("swiglu", 0, 2, False),
+        ("swiglu", 1, 1, True),
+        ("swiglu", 2, 2, True),
+        ("sequential", 0, 1, True),
+        ("sequential", 1, 2, True),
+        ("sequential", 2, 2, False),
+    ):
+        case = f"{kind} stage {stage} ep {ep_size} residual {residual}"
+        options = {"ep_size": ep_size, "use_residual": residual, "k": 1}
+        engine = build(kind, stage, 0, **options)
+        before = steps(engine, 0, 30)
+        path = f"{folder}/{kind}{stage}{ep_size}"
+        engine.save_checkpoint(path, client_state={"mine": 7})
+        expected = steps(engine, 30, 5)
+        resumed = build(kind, stage, 1, **options)
+        _, client_state = resumed.load_checkpoint(path)
+        if client_state.get("mine") != 7 or len(client_state) < 1:
+            wrong.append(f"{case}: client state {client_state}")
+        got = steps(resumed, 30, 5)
+        if got != expected:
+            wrong.append(f"{case}: {got} after the resume, {expected} without")
+        if resumed.remoe.controller.history != engine.remoe.controller.history:
+            wrong.append(f"{case}: λ's history differs")
+        if not sum(before[-5:]) < sum(before[:5]):
+            wrong.append(f"{case}: did not learn: {before}")
+    return wrong
+
+
+def load_stock_checkpoint(folder: str) -> list[str]:
+    """A checkpoint of a DeepSpeed-MoE model loads into ours by name: same router, experts, residual."""
+    torch.manual_seed(5)
+    stock = UserModel(StockMoE, expert("sequential"), ep_size=2, use_residual=True)
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(dist.get_rank())) * 0.1)
+    stock_config = {k: v for k, v in config(1).items() if k != "remoe"}
+    engine, *_ = deepspeed.initialize(model=stock, model_parameters=list(stock.parameters()), config=stock_config)
+    engine.save_checkpoint(folder)
+    ours = build("sequential", 1, 9, ep_size=2, use_residual=True)
+    ours.load_checkpoint(folder, load_module_only=True, load_optimizer_states=False)
+    wanted, got = engine.module.state_dict(), ours.module.state_dict()
+    wrong = [] if wanted.keys() == got.keys() else [f"names differ: {sorted(wanted.keys() ^ got.keys())}"]
+    wrong += [f"{name} differs" for name in wanted.keys() & got.keys() if not torch.equal(wanted[name], got[name])]
+    refused = ""
+    try:
+        ours.load_checkpoint(folder)
+    except Exception as error:
+        refused = str(error)
+    return wrong if "sparsity state" in refused else [*wrong, f"a foreign checkpoint was taken: {refused!r}"]
+
+
+def drop_in_cases(folder: str) -> list[str]:
+    return train_save_resume(f"{folder}/ours") + load_stock_checkpoint(f"{folder}/stock")
+
+
+def test_deepspeeds_way_of_using_moe(tmp_path: Path) -> None:
+    wrong = [line for lines in run_ranks(drop_in_cases, 2, str(tmp_path)) for line in lines]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_experts_start_different_and_the_same_at_any_ep_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("swiglu", "sequential"):
+        torch.manual_seed(0)
+        whole = ds_remoe.MoE(D, expert(kind), num_experts=E).deepspeed_moe.experts.state_dict()
+        matrices = [whole[name] for name in sorted(whole) if name.endswith("weight")]
+        assert len({tuple(m.flatten().tolist()) for m in matrices}) == len(matrices)
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            torch.manual_seed(0)
+            part = ds_remoe.MoE(D, expert(kind), num_experts=E, ep_size=2).deepspeed_moe.experts.state_dict()
+            for name, tensor in part.items():
+                index, rest = name.removeprefix("deepspeed_experts.").split(".", 1)
+                assert torch.equal(tensor, whole[f"deepspeed_experts.{int(index) + 2 * rank}.{rest}"]), (kind, name)
+        monkeypatch.delenv("RANK")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ep_size": 3}, "ep_size = 3: must divide num_experts = 4"),
+        ({"k": 5}, "k = 5: must be between 1 and num_experts = 4"),
+        ({"router": "hash"}, "router = 'hash': must be 'relu' or 'topk'"),
+        ({"enable_expert_tensor_parallelism": True}, "enable_expert_tensor_parallelism = True: not supported"),
+        ({"expert": SwiGLU(D + 1, 4)}, "its width is 9, but hidden_size = 8"),
+    ],
+)
+def test_wrong_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    arguments = {"hidden_size": D, "expert": expert("swiglu"), "num_experts": E, **kwargs}
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        ds_remoe.MoE(**arguments)
+
+
+def test_arguments_without_effect_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"capacity_factor=1\.5, use_rts=False has no effect"):
+        ds_remoe.MoE(D, expert("swiglu"), num_experts=E, capacity_factor=1.5, use_rts=False, drop_tokens=False)
+
+
+def test_a_layer_without_its_group_says_what_to_call() -> None:
+    layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E, ep_size=2)
+    with pytest.raises(RuntimeError, match=r"ep_size = 2: .* ds_remoe\.initialize"):
+        layer(torch.randn(3, D))
+
+
+@pytest.mark.parametrize(
+    ("remoe", "message"),
+    [
+        ({"sparsty": {}}, "unknown key 'sparsty'"),
+        ({"sparsity": {"alpha": 0.5}}, r"remoe\.sparsity\.alpha = 0\.5"),
+        ({"sparsity": {"lambda": 1.0}}, r"remoe\.sparsity\.lambda"),
+    ],
+)
+def test_initialize_refuses_a_wrong_section(remoe: dict[str, Any], message: str) -> None:
+    model = UserModel(ds_remoe.MoE, expert("swiglu"))
+    with pytest.raises(ValueError, match=message):
+        ds_remoe.initialize(model=model, config={**config(1), "remoe": remoe})
