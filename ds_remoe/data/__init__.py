@@ -1,0 +1,1 @@
+"""Corpora, tokenizer, the packed token store and the resumable order of samples."""

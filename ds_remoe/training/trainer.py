@@ -76,7 +76,7 @@ class Trainer:
             self.data.train, seed=train.seed, accumulation_steps=self.batch.accumulation, **shape
         )
         self.valid_batches: MicroBatches = validation_batches(
-            self.data.valid, num_micro_batches=train.eval_batches * self.world_size, **shape
+            self.data.valid, num_micro_batches=train.eval_batches * self.batch.accumulation * self.world_size, **shape
         )
         vocab_size = self.data.tokenizer.vocab_size
         self.model = Decoder(self.config.model, self.config.moe, vocab_size, train.seed)
@@ -124,12 +124,12 @@ class Trainer:
         self.engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for index in range(self.config.train.eval_batches):
+            for index in range(self.valid_batches.accumulation_steps):
                 inputs, labels = self._batch(self.valid_batches, 0, index)
                 total += self.engine(inputs, labels).lm_loss
         self.engine.train()
         dist.all_reduce(total)
-        return float(total) / (self.config.train.eval_batches * self.world_size)
+        return float(total) / (self.valid_batches.accumulation_steps * self.world_size)
 
     def continue_command(self) -> str:
         """The command that trains twice as long from the newest checkpoint."""

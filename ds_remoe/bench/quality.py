@@ -1,0 +1,162 @@
+"""ReMoE against dropless TopK at equal measured training FLOPs: valid loss for each of several seeds.
+
+ReMoE trains first. What it spent is summed from the measured active experts of every step, its dense stage included;
+TopK then gets as many steps as that pays for, rounded up in TopK's favour, with its schedule stretched to match.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from ds_remoe.config import RunConfig, load_run
+from ds_remoe.config.schema import DataConfig
+from ds_remoe.data.prepare import prepare
+from ds_remoe.model.flops import flops_per_token
+from ds_remoe.training import metrics
+from ds_remoe.training.record import StepRecord
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run: its router, seed, steps, training FLOPs by measured active experts, and final valid loss."""
+
+    router: str
+    seed: int
+    steps: int
+    pflops: float
+    valid_loss: float
+    mean_sparsity_last_quarter: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both routers of one seed."""
+
+    remoe: Trained
+    topk: Trained
+
+    @property
+    def gain(self) -> float:
+        """How much lower ReMoE's valid loss is, in nats per token."""
+        return self.topk.valid_loss - self.remoe.valid_loss
+
+
+def compare(config: Path, overrides: Sequence[str], seeds: Sequence[int], folder: Path, jobs: int) -> list[Comparison]:
+    """Train both routers for each seed, each run a process of one rank, `jobs` seeds at a time.
+
+    Args:
+        config: run configuration of the ReMoE model; router, seed, steps and folder are set here.
+        overrides: further `path=value` settings of both routers.
+        seeds: one comparison each.
+        folder: where the runs go; a run that is complete there is not trained again.
+        jobs: processes at a time.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda seed: _compare_seed(config, overrides, seed, folder), seeds))
+
+
+def table(comparisons: Sequence[Comparison]) -> Table:
+    """The comparison for a terminal."""
+    result = Table(title="valid loss at equal measured training FLOPs", title_justify="left")
+    for name in ("seed", "ReMoE steps", "PFLOP", "valid loss", "TopK steps", "PFLOP", "valid loss", "gain"):
+        result.add_column(name, justify="right")
+    for row in comparisons:
+        cells = [str(row.remoe.seed)]
+        for run in (row.remoe, row.topk):
+            cells += [str(run.steps), f"{run.pflops:.3f}", f"{run.valid_loss:.4f}"]
+        result.add_row(*cells, f"{row.gain:+.4f}")
+    return result
+
+
+def figures(comparisons: Sequence[Comparison]) -> dict[str, object]:
+    """The comparison for a results file."""
+    rows = [{"remoe": asdict(row.remoe), "topk": asdict(row.topk), "gain": row.gain} for row in comparisons]
+    return {"comparisons": rows, "remoe_better": sum(row.gain > 0 for row in comparisons)}
+
+
+def _compare_seed(config: Path, overrides: Sequence[str], seed: int, folder: Path) -> Comparison:
+    remoe = _train("relu", config, overrides, seed, None, folder)
+    return Comparison(remoe, _train("topk", config, overrides, seed, remoe.pflops, folder))
+
+
+def _train(
+    router: str, config: Path, overrides: Sequence[str], seed: int, pflops: float | None, folder: Path
+) -> Trained:
+    output = folder / f"{router}_seed{seed}"
+    settings = [*overrides, f"remoe.train.seed={seed}", f"remoe.train.output_dir={json.dumps(str(output))}"]
+    settings += ["remoe.moe.ep_size=1", f'remoe.moe.router="{router}"']
+    if router == "topk":
+        if "sparsity" in json.loads(config.read_text(encoding="utf-8"))["remoe"]:
+            settings = [s for s in settings if not s.startswith("remoe.sparsity")] + ["remoe.sparsity=null"]
+        if pflops is not None:
+            settings += _steps_worth(pflops, config, settings)
+    command = [sys.executable, "-m", "ds_remoe.train", "--config", str(config)]
+    for setting in settings:
+        command += ["--set", setting]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".log").open("ab") as log:
+        result = subprocess.run(command, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
+    if result.returncode:
+        raise RuntimeError(f"{router} with seed {seed} failed; its output is in {output.with_suffix('.log')}")
+    records = metrics.read(output / "metrics.jsonl")
+    last = records[-1]
+    if last.valid_loss is None:
+        raise RuntimeError(f"{output}: the last step has no valid loss")
+    quarter = records[-max(len(records) // 4, 1) :]
+    sparsity = sum(r.sparsity or 0.0 for r in quarter) / len(quarter)
+    return Trained(router, seed, last.step, _pflops(records, config, settings), last.valid_loss, sparsity)
+
+
+@functools.cache
+def _load(config: Path, settings: tuple[str, ...]) -> RunConfig:
+    return load_run(config, settings, world_size=1)
+
+
+@functools.cache
+def _vocab_size(data: DataConfig, seq_length: int) -> int:
+    return prepare(data, seq_length, progress=False).tokenizer.vocab_size
+
+
+def _steps_worth(pflops: float, config: Path, settings: Sequence[str]) -> list[str]:
+    """Settings for the number of TopK steps that cost at least `pflops`."""
+    run = _load(config, tuple(settings))
+    per_step = _pflops_per_step(run.remoe.moe.active_experts, config, settings)
+    steps = math.ceil(pflops / per_step)
+    return [f"remoe.train.steps={steps}", f"scheduler.params.total_num_steps={steps}"]
+
+
+def _pflops(records: Sequence[StepRecord], config: Path, settings: Sequence[str]) -> float:
+    """Training FLOPs of all steps in 1e15, by the active experts that each step measured."""
+    return math.fsum(_pflops_per_step(r.active_experts_per_token or 0.0, config, settings) for r in records)
+
+
+def _pflops_per_step(active_experts: float, config: Path, settings: Sequence[str]) -> float:
+    run = _load(config, tuple(settings))
+    remoe = run.remoe
+    tokens = run.batch_sizes(1).global_batch * remoe.model.seq_length
+    return (
+        flops_per_token(remoe.model, remoe.moe, _vocab_size(remoe.data, remoe.model.seq_length), active_experts)
+        * tokens
+        / 1e15
+    )
+
+
+def _environment() -> dict[str, str]:
+    """A process group of one rank, on a port of its own; one thread, as the processes share the cores."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    return {**os.environ, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,134 @@
+"""`ds-remoe`: exit codes, what goes to which stream, and that the light commands stay light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import ds_remoe
+from ds_remoe.cli import main
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "ds_configs" / "quickstart.json")
+REMOE_182M = str(ROOT / "ds_configs" / "remoe_182m.json")
+
+
+def test_check_shows_what_a_run_amounts_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", REMOE_182M, "--world-size", "8", "--accelerator", "cuda"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"{REMOE_182M}: ok\n")
+    # 777M is the total of the paper's table; 60k steps of 512 sequences of 1024 tokens.
+    for cell in ("777,087,744", "8, 1 active", "0.8750", "512 = 16 x 4 x 8 ranks", "524,288", "31,457,280,000"):
+        assert cell in output
+
+
+def test_check_without_a_world_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", QUICKSTART, "--set", "remoe.moe.ep_size=4"]) == 0
+    assert "give --world-size" in capsys.readouterr().out
+
+
+def test_check_of_a_dense_model_shows_no_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", str(ROOT / "ds_configs" / "dense_182m.json")]) == 0
+    output = capsys.readouterr().out
+    assert "dense" in output
+    assert "experts" not in output
+    assert "sparsity" not in output
+
+
+def test_check_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--set", "remoe.moe.k=9", "--set", "optimiser=1", "--world-size", "3"]
+    assert main(["config", "check", QUICKSTART, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"{QUICKSTART}: 3 problems in the configuration\n")
+
+
+def test_check_refuses_a_tokenizer_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    tokenizer = json.dumps({"type": "huggingface", "path": str(path)})
+    assert main(["config", "check", QUICKSTART, "--set", f"remoe.data.tokenizer={tokenizer}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f'remoe.data.tokenizer.path = "{path}"' in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["config"], ["config", "chek", "x"], ["config", "check"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: ds-remoe" in capsys.readouterr().err
+
+
+def test_world_size_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["config", "check", QUICKSTART, "--world-size", "0"])
+    assert caught.value.code == 2
+    assert "0 is not positive" in capsys.readouterr().err
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_data_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    texts = [path.read_text() for path in sorted((ROOT / "ds_remoe").rglob("*.py"))]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text))
+    source = json.dumps({"type": "jsonl", "paths": [str(corpus)]})
+    overrides = [
+        f"remoe.data.source={source}",
+        "remoe.data.tokenizer.vocab_size=512",
+        "remoe.data.valid_fraction=0.2",
+        f"remoe.data.cache_dir={tmp_path}/cache",
+    ]
+    arguments = ["data", "prepare", QUICKSTART, *(text for override in overrides for text in ("--set", override))]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "train" in output
+    assert "valid" in output
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_data_prepare_fails_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"body": "no column of the name text"}\n')
+    source = json.dumps({"type": "jsonl", "paths": [str(corpus)]})
+    arguments = ["--set", f"remoe.data.source={source}", "--set", f"remoe.data.cache_dir={tmp_path}/cache"]
+    assert main(["data", "prepare", QUICKSTART, *arguments]) == 1
+    assert "text" in capsys.readouterr().err
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ds_remoe.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+
+
+def test_exit_codes_of_the_process() -> None:
+    good = run_command("config", "check", QUICKSTART, "--world-size", "2")
+    assert (good.returncode, good.stderr) == (0, "")
+    bad = run_command("config", "check", QUICKSTART, "--world-size", "3")
+    assert bad.returncode == 2
+    assert "remoe.moe.ep_size = 2: must divide the world size 3" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    version = run_command("--version")
+    assert (version.returncode, version.stdout) == (0, f"ds-remoe {ds_remoe.__version__}\n")
+
+
+def test_check_imports_neither_torch_nor_deepspeed() -> None:
+    code = f"""
+import sys
+from ds_remoe.cli import main
+code = main(["config", "check", {QUICKSTART!r}, "--world-size", "2"])
+sys.exit(code or bool({{"torch", "deepspeed", "datasets", "matplotlib"}} & set(sys.modules)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

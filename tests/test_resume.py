@@ -1,0 +1,217 @@
+"""Whole runs through the `deepspeed` launcher: killed and stopped ones continue the undisturbed run bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ranks import free_port
+
+STEPS, SAVE_EVERY = 40, 6
+TIMING = {"tokens_per_second", "tflops_per_device", "mfu", "step_seconds"}
+
+
+def run_config(folder: Path, data: Path) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 5}},
+        "zero_optimization": {"stage": 2},
+        "steps_per_print": 1_000_000_000,
+        "remoe": {
+            "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 48, "seq_length": 64},
+            "moe": {"num_experts": 4, "ep_size": 2},
+            "sparsity": {"lambda_init": 1e-6},
+            "data": {
+                "source": {"type": "stdlib", "max_bytes_per_domain": 200_000},
+                "tokenizer": {"vocab_size": 600},
+                "cache_dir": str(data),
+            },
+            "train": {
+                "steps": STEPS,
+                "eval_interval": 10,
+                "eval_batches": 1,
+                "save_interval": SAVE_EVERY,
+                "output_dir": str(folder),
+            },
+            "logging": {"wandb": {"mode": "offline"}},
+        },
+    }
+
+
+class Run:
+    """One run folder and the commands on it."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self.config = folder.with_suffix(".json")
+        self.config.write_text(json.dumps(run_config(folder, data)))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+        command += ["--module", "ds_remoe.train", "--config", self.config, *arguments]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        return subprocess.Popen(
+            [str(part) for part in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, *arguments: str, code: int = 0) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == code, output[-5000:]
+        return output
+
+    def signal_a_rank(self, rank: int, signum: int, after_step: int) -> str:
+        """Start, wait until a step is done, send a signal to one rank, and wait for the launcher's end."""
+        process = self.start()
+        try:
+            deadline = time.monotonic() + 120
+            while len(self.lines()) < after_step:
+                assert process.poll() is None, process.communicate()[0][-5000:]
+                assert time.monotonic() < deadline, f"step {after_step} did not come in time"
+                time.sleep(0.01)
+            ranks = [
+                p for p in psutil.Process(process.pid).children(recursive=True) if f"--local_rank={rank}" in p.cmdline()
+            ]
+            ranks[0].send_signal(signum)
+            output, _ = process.communicate(timeout=120)
+            return output + f"\nlauncher's code {process.returncode}"
+        finally:
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+                child.kill()
+            process.kill()
+
+    def lines(self) -> list[str]:
+        path = self.folder / "metrics.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def records(self) -> list[dict[str, Any]]:
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in self.lines()]
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir() if path.is_dir())
+
+    def manifest(self, tag: str) -> dict[str, Any]:
+        return json.loads((self.folder / "checkpoints" / tag / "ds_remoe_manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("runs")
+    run = Run(root / "undisturbed", root / "data")
+    run.finish()
+    return run
+
+
+def sibling(run: Run, name: str) -> Run:
+    return Run(run.folder.with_name(name), run.folder.with_name("data"))
+
+
+def assert_same_line(run: Run, undisturbed: Run) -> None:
+    got, expected = run.records(), undisturbed.records()
+    assert [record["step"] for record in got] == list(range(1, STEPS + 1))
+    assert got == expected
+
+
+def test_a_whole_run_leaves_what_it_promises(undisturbed: Run) -> None:
+    records = undisturbed.records()
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if record["valid_loss"] is not None] == [10, 20, 30, 40]
+    assert records[-1]["samples"] == STEPS * 8
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.5
+    assert records[-1]["l1_coefficient"] > records[0]["l1_coefficient"] == 1e-6
+    assert undisturbed.checkpoints() == ["step00000036", "step00000040"]
+    manifest = undisturbed.manifest("step00000040")
+    assert (manifest["identity"]["world_size"], manifest["identity"]["ep_size"], manifest["samples"]) == (2, 2, 320)
+    names = {path.name for path in undisturbed.folder.iterdir()}
+    assert {"metrics.jsonl", "summary.json", "stages.png", "expert_load.png", "checkpoints", "wandb"} <= names
+    (wandb_folder,) = (undisturbed.folder / "wandb").glob("offline-run-*")
+    assert wandb_folder.name.endswith(manifest["wandb_run_id"])
+
+
+def test_a_finished_run_says_that_it_is_done(undisturbed: Run) -> None:
+    before = undisturbed.lines()
+    output = undisturbed.finish()
+    assert "Nothing to do" in output
+    assert "remoe.train.steps=80" in output
+    assert undisturbed.lines() == before
+
+
+def test_sigkill_between_saves(undisturbed: Run) -> None:
+    run = sibling(undisturbed, "killed")
+    output = run.signal_a_rank(1, signal.SIGKILL, after_step=SAVE_EVERY + 3)
+    assert "launcher's code 0" not in output
+    assert len(run.lines()) < STEPS, "the kill came too late to prove anything"
+    (run.folder / "checkpoints" / "step00000039").mkdir()  # as a save that was killed leaves it
+    run.finish()
+    assert_same_line(run, undisturbed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_ends_well(undisturbed: Run, signum: int) -> None:
+    run = sibling(undisturbed, f"stopped{signum}")
+    output = run.signal_a_rank(0 if signum == signal.SIGTERM else 1, signum, after_step=SAVE_EVERY + 2)
+    assert "launcher's code 0" in output, output[-4000:]
+    done = len(run.lines())
+    assert done < STEPS
+    assert f"after step {done}" in output
+    assert run.checkpoints()[-1] == f"step{done:08d}"
+    run.finish()
+    assert_same_line(run, undisturbed)
+
+
+def refusals(undisturbed: Run) -> Sequence[tuple[list[str], list[str]]]:
+    latest = undisturbed.folder / "checkpoints" / "step00000040"
+    return [
+        (["--set", "zero_optimization.stage=1"], ["zero_stage: the checkpoint has 2, this run 1"]),
+        (
+            ["--set", "remoe.moe.ep_size=1", "--set", "remoe.moe.num_experts=8"],
+            ["ep_size: the checkpoint has 2, this run 1", "moe.num_experts: the checkpoint has 4, this run 8"],
+        ),
+        (["--resume", "step00000007"], ["step00000007 does not exist", "step00000036, step00000040"]),
+        (["--resume", "none"], ["--resume none", "holds checkpoints of an earlier run"]),
+        (
+            ["--set", "train_micro_batch_size_per_gpu=4"],
+            ["micro_batch_size: the checkpoint has 2, this run 4", str(latest)],
+        ),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_resume_that_does_not_match_is_refused(undisturbed: Run, case: int) -> None:
+    arguments, messages = refusals(undisturbed)[case]
+    before = undisturbed.lines()
+    output = undisturbed.finish(*arguments, code=2)
+    for message in messages:
+        assert output.count(message) == 1, output[-4000:]
+    assert undisturbed.lines() == before
+
+
+def test_files_of_another_step_or_size_are_refused(undisturbed: Run) -> None:
+    folder = undisturbed.folder / "checkpoints"
+    older, newer = folder / "step00000036", folder / "step00000040"
+    state = "mp_rank_00_model_states.pt"
+    kept = (newer / state).read_bytes()
+    try:
+        (newer / state).write_bytes((older / state).read_bytes())
+        output = undisturbed.finish(code=2)
+        assert "step 36" in output or "bytes, but" in output
+        (newer / state).write_bytes(kept[:-10])
+        assert f"{len(kept) - 10} bytes, but {len(kept)} were saved" in undisturbed.finish(code=2)
+    finally:
+        (newer / state).write_bytes(kept)
