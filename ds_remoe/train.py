@@ -7,6 +7,7 @@ import os
 import sys
 
 from ds_remoe.config import load_run_or_exit
+from ds_remoe.config.leave import leave
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,9 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer = Trainer(run, device)
         outcome = trainer.train(options.resume)
     except (CheckpointError, DataError, MetricsError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(error, file=sys.stderr, flush=True)
-        return 2
+        leave(str(error))
     if not outcome.trained:
         print(f"Nothing to do: {outcome.checkpoint} is at step {outcome.step} of {run.remoe.train.steps}.")
         print(f"To train on: {trainer.continue_command()}")

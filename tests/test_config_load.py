@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +209,19 @@ def test_suggestions() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_launched_ranks_exit_with_one_message(
+def test_launched_ranks_exit_with_code_2(
     rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Rank 0 speaks at once; another one waits to be ended by the launcher, and speaks if nobody does."""
     monkeypatch.setenv("RANK", rank)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as caught:
         load_run_or_exit(QUICKSTART, ["remoe.moe.k=9"], world_size=2)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.count("remoe.moe.k = 9") == (1 if rank == "0" else 0)
+    message = capsys.readouterr().err
+    assert message.count("remoe.moe.k = 9") == 1
+    assert message.startswith("rank 1: ") == bool(waited) == (rank == "1")
 
 
 def test_the_configuration_needs_no_torch() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from ds_remoe.config.batch import BatchSizes, derive_batch_sizes
 from ds_remoe.config.checks import check_run
 from ds_remoe.config.deepspeed_section import check_sections
 from ds_remoe.config.json_text import RefusedJSONError, parse_json
+from ds_remoe.config.leave import leave
 from ds_remoe.config.overrides import OverrideError, apply_overrides
 from ds_remoe.config.problems import MISSING, ConfigError, ConfigProblem
 from ds_remoe.config.schema import ReMoEConfig
@@ -90,13 +89,11 @@ def load_run_or_exit(
     world_size: int | None,
     accelerator: str | None = None,
 ) -> RunConfig:
-    """`load_run` for launched processes: every rank exits with code 2, and rank 0 alone says why on stderr."""
+    """`load_run` for launched processes: every rank exits with code 2, and one says why on stderr."""
     try:
         return load_run(path, overrides, world_size=world_size, accelerator=accelerator)
     except ConfigError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(str(error))
 
 
 def _read(path: Path) -> dict[str, Any]:

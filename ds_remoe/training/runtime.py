@@ -47,7 +47,10 @@ def stop() -> None:
 
 def quiet_output() -> None:
     """Keep DeepSpeed's start-up chatter out of the terminal; warnings and errors stay."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed_log = logging.getLogger("DeepSpeed")
+    deepspeed_log.setLevel(logging.WARNING)
+    # Every WarmupLR warns so of itself while it is made.
+    deepspeed_log.addFilter(lambda record: "before it has started" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning)
     if int(os.environ.get("RANK", "0")) != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # libraries print on every rank

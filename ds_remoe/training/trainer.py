@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import time
 from dataclasses import dataclass
@@ -80,9 +82,10 @@ class Trainer:
         )
         vocab_size = self.data.tokenizer.vocab_size
         self.model = Decoder(self.config.model, self.config.moe, vocab_size, train.seed)
-        self.engine, *_ = initialize(
-            model=self.model, model_parameters=list(self.model.parameters()), config=run.deepspeed
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints of each group that it makes
+            self.engine, *_ = initialize(
+                model=self.model, model_parameters=list(self.model.parameters()), config=run.deepspeed
+            )
         self.checkpoints = Checkpoints(self.config.output_dir / "checkpoints", self._identity(), train.keep_checkpoints)
 
     def train(self, resume: str = "auto") -> Outcome:

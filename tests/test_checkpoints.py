@@ -1,0 +1,136 @@
+"""Manifest, pointer and choice of checkpoints, without an engine; whole runs are in test_resume.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import free_port
+
+from ds_remoe.training.checkpoint import LATEST, Checkpoints
+from ds_remoe.training.manifest import MANIFEST, CheckpointError, Manifest, RunIdentity, write_atomically
+
+IDENTITY = RunIdentity(
+    world_size=4,
+    ep_size=2,
+    zero_stage=2,
+    dtype="bf16",
+    micro_batch_size=8,
+    gradient_accumulation_steps=1,
+    optimizer="AdamW",
+    seed=0,
+    data="abc",
+    model={"hidden_size": 128, "num_layers": 4},
+    moe={"router": "relu", "num_experts": 8},
+)
+
+
+@pytest.fixture
+def one_rank() -> Any:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def saved(folder: Path, step: int) -> Path:
+    """A complete checkpoint of two small files."""
+    target = folder / f"step{step:08d}"
+    (target / "sub").mkdir(parents=True)
+    (target / "a.pt").write_bytes(b"12345")
+    (target / "sub" / "b.pt").write_bytes(b"1")
+    files = {"a.pt": 5, "sub/b.pt": 1}
+    Manifest(step, step * 32, IDENTITY, "w1", {"torch": "2.13.0"}, files).write(target)
+    write_atomically(folder / LATEST, target.name)
+    return target
+
+
+def test_a_manifest_reads_as_written(tmp_path: Path) -> None:
+    target = saved(tmp_path, 7)
+    manifest = Manifest.read(target)
+    assert (manifest.step, manifest.samples, manifest.identity, manifest.wandb_run_id) == (7, 224, IDENTITY, "w1")
+    manifest.check_files(target)
+    manifest.check_identity(IDENTITY, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world_size": 2}, "world_size: the checkpoint has 4, this run 2"),
+        ({"ep_size": 4}, "ep_size: the checkpoint has 2, this run 4"),
+        ({"zero_stage": 1}, "zero_stage: the checkpoint has 2, this run 1"),
+        ({"dtype": "fp32"}, "dtype: the checkpoint has 'bf16', this run 'fp32'"),
+        ({"micro_batch_size": 4}, "micro_batch_size: the checkpoint has 8, this run 4"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: the checkpoint has 1, this run 2"),
+        ({"optimizer": "Adam"}, "optimizer: the checkpoint has 'AdamW', this run 'Adam'"),
+        ({"seed": 1}, "seed: the checkpoint has 0, this run 1"),
+        ({"data": "abd"}, "data: the checkpoint has 'abc', this run 'abd'"),
+        ({"model": {"hidden_size": 64, "num_layers": 4}}, "model.hidden_size: the checkpoint has 128, this run 64"),
+        ({"moe": {"router": "relu"}}, "moe.num_experts: the checkpoint has 8, this run None"),
+    ],
+)
+def test_another_run_is_refused_with_both_values(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    target = saved(tmp_path, 7)
+    with pytest.raises(CheckpointError) as refused:
+        Manifest.read(target).check_identity(dataclasses.replace(IDENTITY, **change), target)
+    assert message in str(refused.value)
+    assert str(refused.value).count("the checkpoint has") == 1
+    assert str(target) in str(refused.value)
+
+
+def test_all_differences_stand_in_one_message(tmp_path: Path) -> None:
+    target = saved(tmp_path, 7)
+    other = dataclasses.replace(IDENTITY, world_size=8, ep_size=8, moe={"router": "topk", "num_experts": 8})
+    with pytest.raises(CheckpointError) as refused:
+        Manifest.read(target).check_identity(other, target)
+    assert str(refused.value).count("the checkpoint has") == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: (t / MANIFEST).unlink(), "its save did not finish"),
+        (lambda t: (t / MANIFEST).write_text("{"), "not JSON"),
+        (lambda t: (t / MANIFEST).write_text('{"format": 99}'), "not a manifest of format 1"),
+        (lambda t: (t / MANIFEST).write_text('{"format": 1, "step": 1}'), "another release"),
+        (lambda t: (t / "a.pt").unlink(), "a.pt: missing"),
+        (lambda t: (t / "sub" / "b.pt").write_bytes(b"22"), "b.pt: 2 bytes, but 1 were saved"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
+    target = saved(tmp_path, 7)
+    damage(target)
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.read(target).check_files(target)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_choice_of_a_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=2)
+    assert checkpoints.choose("auto") is None
+    assert checkpoints.choose("none") is None
+    with pytest.raises(CheckpointError, match=r"step00000003 does not exist; there are no checkpoints"):
+        checkpoints.choose("step00000003")
+    older, newer = saved(tmp_path, 5), saved(tmp_path, 10)
+    (tmp_path / "step00000011").mkdir()  # a save that was killed
+    assert checkpoints.choose("auto") == newer
+    assert checkpoints.choose(older.name) == older
+    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+        checkpoints.choose("none")
+
+
+def test_an_atomic_write_replaces_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "pointer"
+    write_atomically(path, "one")
+    write_atomically(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["pointer"]
+
+
+def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
+    content = json.loads((saved(tmp_path, 3) / MANIFEST).read_text())
+    assert content["format"] == 1
+    assert content["files"] == {"a.pt": 5, "sub/b.pt": 1}
