@@ -6,18 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_remoe.moe.experts import SwiGLU
     from ds_remoe.moe.gate import ReLUGate
     from ds_remoe.moe.layer import MoE
     from ds_remoe.moe.sparsity import SparsityController
     from ds_remoe.training.engine import initialize
 
 __version__ = "0.1.0"
-__all__ = ["MoE", "ReLUGate", "SparsityController", "__version__", "initialize"]
+__all__ = ["MoE", "ReLUGate", "SparsityController", "SwiGLU", "__version__", "initialize"]
 
 _HOMES = {
     "MoE": "ds_remoe.moe.layer",
     "ReLUGate": "ds_remoe.moe.gate",
     "SparsityController": "ds_remoe.moe.sparsity",
+    "SwiGLU": "ds_remoe.moe.experts",
     "initialize": "ds_remoe.training.engine",
 }
 

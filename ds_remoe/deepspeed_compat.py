@@ -5,33 +5,45 @@ Other rooms import from here, so that a new DeepSpeed release is one file to che
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
+import hjson
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.pipe import PipelineModule
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-CHECKED_AGAINST = "0.19.8"
-
 __all__ = [
-    "CHECKED_AGAINST",
     "DeepSpeedMoE",
+    "PipelineModule",
     "clip_gradients",
-    "expert_parallel_rank",
-    "expert_parallel_sizes",
     "gradients_are_whole",
     "launched_rank",
+    "loss_scale",
     "mark_expert_parameters",
+    "read_config",
     "replace_stage0_clipping",
     "set_subgroup_timeout",
     "use_gloo_only",
 ]
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """A DeepSpeed config as `deepspeed.initialize` takes it: the path of an (h)json file, or base64 of its content."""
+    if os.path.exists(text):
+        with open(text, encoding="utf-8") as file:
+            return dict(hjson.load(file))
+    try:
+        return dict(hjson.loads(base64.urlsafe_b64decode(text).decode()))
+    except ValueError as error:
+        raise ValueError(f"config = {text[:80]!r}: neither an existing file nor base64 of a config") from error
 
 
 def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
@@ -44,16 +56,6 @@ def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
 def launched_rank() -> int:
     """This process's global rank, also before a process group exists (the launcher sets RANK)."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def expert_parallel_rank(group_name: str) -> int:
-    """Rank in the EP group; defined once the engine has made the groups."""
-    return int(groups._get_expert_parallel_rank(group_name))
-
-
-def expert_parallel_sizes() -> dict[str, int]:
-    """Size of each EP group that exists, by DeepSpeed's name for it."""
-    return {name: dist.get_world_size(group) for name, group in groups._get_expert_parallel_group_dict().items()}
 
 
 def use_gloo_only() -> None:
@@ -73,8 +75,11 @@ def set_subgroup_timeout(timeout: timedelta) -> None:
 
 
 def gradients_are_whole(engine: Any) -> bool:
-    """True where every rank holds whole reduced gradients in `.grad` before the optimizer step (ZeRO stage 0)."""
-    return int(engine.zero_optimization_stage()) == 0
+    """True where every rank holds whole reduced gradients in `.grad` before the optimizer step.
+
+    That is ZeRO stage 0 without model parallelism (with an mpu DeepSpeed's own clipping stays in charge).
+    """
+    return int(engine.zero_optimization_stage()) == 0 and engine.mpu is None
 
 
 def replace_stage0_clipping(engine: Any) -> None:
@@ -87,6 +92,14 @@ def replace_stage0_clipping(engine: Any) -> None:
         engine.optimizer.clip_grad = 0.0
 
 
+def loss_scale(engine: Any) -> float:
+    """Factor that the engine's gradients carry: that of fp16 or of autocast's scaler, else 1."""
+    scaler = engine.torch_autocast_z0_gradscaler
+    if scaler is not None:
+        return float(scaler.get_scale())
+    return float(engine._get_optimizer_loss_scale() or 1.0) if engine.fp16_enabled() else 1.0
+
+
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, loss_scale: float = 1.0) -> Tensor:
     """Clip whole, reduced gradients by their global L2 norm, experts on every rank of their EP group counted once.
@@ -97,7 +110,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, loss_sca
         loss_scale: factor that the gradients carry.
 
     Returns:
-        The norm before clipping, without the loss scale: fp32 scalar, the same on every rank.
+        The norm before clipping, without the loss scale: fp64 scalar, the same on every rank.
     """
     gradients: dict[str | None, list[Tensor]] = {}
     for parameter in parameters:
@@ -107,15 +120,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, loss_sca
     if not gradients:
         return torch.zeros(())
     device = next(iter(gradients.values()))[0].device
-    square = torch.zeros((), dtype=torch.float32, device=device)
+    square = torch.zeros((), dtype=torch.float64, device=device)
     for group, tensors in gradients.items():
-        partial = torch.stack([t.float().square().sum() for t in tensors]).sum()
+        norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors])
+        partial = norms.square().sum()
         if group is not None:
             dist.all_reduce(partial, group=groups._get_expert_parallel_group(group))
         square += partial
     norm = square.sqrt() / loss_scale
-    if max_norm > 0 and torch.isfinite(norm):
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if max_norm > 0:
+        # Where the norm is not finite the gradients stay, for the engine's own check to see.
+        factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
         for tensor in (t for tensors in gradients.values() for t in tensors):
             tensor.mul_(factor.to(tensor.dtype))
     return norm

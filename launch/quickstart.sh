@@ -5,4 +5,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
+if [[ "$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')" == 1 ]]; then
+    export DS_ACCELERATOR=cpu # two ranks show expert parallelism; one GPU holds one rank
+fi
 exec bash launch/train.sh 2 --config ds_configs/quickstart.json "$@"

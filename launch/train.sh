@@ -12,8 +12,12 @@ shift
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if ! python -c "import sys, torch; sys.exit(torch.cuda.device_count() < $ranks)"; then
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus == 0)); then
     export DS_ACCELERATOR=cpu
+elif ((gpus < ranks)) && [[ "${DS_ACCELERATOR:-}" != cpu ]]; then
+    echo "train.sh: $ranks ranks, but this machine has $gpus GPUs; ask for at most $gpus, or set DS_ACCELERATOR=cpu" >&2
+    exit 2
 fi
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 exec deepspeed --quiet --num_gpus "$ranks" --master_port "$port" --module ds_remoe.train "$@"

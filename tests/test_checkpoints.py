@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ranks import free_port
 
 from ds_remoe.training.checkpoint import LATEST, Checkpoints
 from ds_remoe.training.manifest import MANIFEST, CheckpointError, Manifest, RunIdentity, write_atomically
+from ds_remoe.training.runtime import lock_folder
 
 IDENTITY = RunIdentity(
     world_size=4,
@@ -26,6 +29,7 @@ IDENTITY = RunIdentity(
     data="abc",
     model={"hidden_size": 128, "num_layers": 4},
     moe={"router": "relu", "num_experts": 8},
+    sparsity={"alpha": 1.2},
 )
 
 
@@ -70,6 +74,7 @@ def test_a_manifest_reads_as_written(tmp_path: Path) -> None:
         ({"data": "abd"}, "data: the checkpoint has 'abc', this run 'abd'"),
         ({"model": {"hidden_size": 64, "num_layers": 4}}, "model.hidden_size: the checkpoint has 128, this run 64"),
         ({"moe": {"router": "relu"}}, "moe.num_experts: the checkpoint has 8, this run None"),
+        ({"sparsity": {"alpha": 1.3}}, "sparsity.alpha: the checkpoint has 1.2, this run 1.3"),
     ],
 )
 def test_another_run_is_refused_with_both_values(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -120,6 +125,52 @@ def test_the_choice_of_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.choose(older.name) == older
     with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
         checkpoints.choose("none")
+
+
+class EngineThatWrites:
+    """Stands where an engine's own files are of no interest."""
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag).mkdir()
+        (Path(folder) / tag / "shard.pt").write_bytes(b"x" * 9)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("complete", "incomplete", "step", "keep", "left"),
+    [
+        ([100, 200], [], 300, 2, [200, 300]),
+        ([100, 200, 300], [], 150, 2, [100, 150]),  # resumed from 100: the old line's later ones are not newer
+        ([100, 200], [300], 250, 1, [250]),  # 300 was killed in its save
+        ([100], [200], 300, 2, [100, 300]),
+        ([], [300], 300, 3, [300]),
+    ],
+)
+def test_a_save_keeps_the_newest_of_its_own_line(
+    tmp_path: Path, complete: list[int], incomplete: list[int], step: int, keep: int, left: list[int]
+) -> None:
+    for done in complete:
+        saved(tmp_path, done)
+    for broken in incomplete:
+        (tmp_path / f"step{broken:08d}").mkdir()
+    target = Checkpoints(tmp_path, IDENTITY, keep).save(EngineThatWrites(), step, step * 32, None)
+    assert sorted(int(path.name[4:]) for path in tmp_path.iterdir() if path.is_dir()) == left
+    assert (tmp_path / LATEST).read_text() == target.name
+    Manifest.read(target).check_files(target)
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    first = lock_folder(tmp_path / "run")
+    program = f"""
+from pathlib import Path
+from ds_remoe.training.runtime import lock_folder
+lock_folder(Path({str(tmp_path / "run")!r}))
+"""
+    second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert second.returncode != 0
+    assert "another run is using it" in second.stderr
+    first.release()
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_an_atomic_write_replaces_as_a_whole(tmp_path: Path) -> None:

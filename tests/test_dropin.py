@@ -15,6 +15,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 import ds_remoe
+from ds_remoe.deepspeed_compat import clip_gradients
 from ds_remoe.moe import SwiGLU
 
 D, E = 8, 4
@@ -152,9 +153,66 @@ def test_experts_start_different_and_the_same_at_any_ep_size(monkeypatch: pytest
         monkeypatch.delenv("RANK")
 
 
+@pytest.mark.parametrize("kind", ["swiglu", "sequential"])
+def test_layers_differ_and_given_weights_can_stay(kind: str) -> None:
+    torch.manual_seed(0)
+    template = expert(kind)
+    first, second, kept = (
+        ds_remoe.MoE(D, template, num_experts=E, expert_init=init).deepspeed_moe.experts.state_dict()
+        for init in ("redraw", "redraw", "copy")
+    )
+    assert not any(torch.equal(first[name], second[name]) for name in first if name.endswith("weight"))
+    for name, given in template.state_dict().items():
+        for i in range(E):
+            assert torch.equal(kept[f"deepspeed_experts.{i}.{name}"], given)
+
+
+def test_experts_that_nothing_draws_anew_are_told() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    with pytest.warns(UserWarning, match="nothing draws scale anew"):
+        ds_remoe.MoE(D, Raw(), num_experts=2)
+
+
+def test_building_a_layer_moves_the_global_random_state_by_what_it_draws_itself() -> None:
+    """Experts have streams of their own, so what follows does not depend on their number on this rank."""
+    following = []
+    for ep_size in (1, 2):
+        torch.manual_seed(0)
+        ds_remoe.MoE(D, expert("swiglu"), num_experts=E, ep_size=ep_size)
+        following.append(torch.rand(3))
+    assert torch.equal(*following)
+
+
+def test_autocast_and_mixed_dtypes() -> None:
+    layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E).eval()
+    x = torch.randn(5, D)
+    expected, _, _ = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _, _ = layer(x)
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.01)
+    with pytest.raises(TypeError, match=r"hidden_states are torch\.bfloat16, but the experts torch\.float32"):
+        layer(x.bfloat16())
+
+
+def test_clipping_measures_what_fp32_squares_cannot() -> None:
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3e25, 0.0]), torch.tensor([0.0, 4e25, 0.0])
+    norm = clip_gradients(parameters, max_norm=1.0)
+    assert float(norm) == pytest.approx(5e25, rel=1e-6)
+    assert float(torch.cat([p.grad for p in parameters]).norm()) == pytest.approx(1.0, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"expert_init": "zero"}, "expert_init = 'zero': must be 'redraw' or 'copy'"),
         ({"ep_size": 3}, "ep_size = 3: must divide num_experts = 4"),
         ({"k": 5}, "k = 5: must be between 1 and num_experts = 4"),
         ({"router": "hash"}, "router = 'hash': must be 'relu' or 'topk'"),
@@ -174,7 +232,7 @@ def test_arguments_without_effect_are_told() -> None:
 
 
 def test_a_layer_without_its_group_says_what_to_call() -> None:
-    layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E, ep_size=2)
+    layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E, ep_size=2).eval()
     with pytest.raises(RuntimeError, match=r"ep_size = 2: .* ds_remoe\.initialize"):
         layer(torch.randn(3, D))
 
@@ -185,9 +243,10 @@ def test_a_layer_without_its_group_says_what_to_call() -> None:
         ({"sparsty": {}}, "unknown key 'sparsty'"),
         ({"sparsity": {"alpha": 0.5}}, r"remoe\.sparsity\.alpha = 0\.5"),
         ({"sparsity": {"lambda": 1.0}}, r"remoe\.sparsity\.lambda"),
+        (None, "remoe = None: must be an object"),
     ],
 )
-def test_initialize_refuses_a_wrong_section(remoe: dict[str, Any], message: str) -> None:
+def test_initialize_refuses_a_wrong_section(remoe: dict[str, Any] | None, message: str) -> None:
     model = UserModel(ds_remoe.MoE, expert("swiglu"))
     with pytest.raises(ValueError, match=message):
         ds_remoe.initialize(model=model, config={**config(1), "remoe": remoe})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,10 +44,10 @@ def test_layer_losses_add_up_to_the_regulariser(regularizer: str) -> None:
     model = routers((5, 2), (5, 2), (5, 2))
     config = SparsityConfig(lambda_init=0.3, regularizer=regularizer)
     controller = SparsityController(model, config)
-    expected, losses = 0.0, 0.0
+    expected, losses = 0.0, torch.zeros(())
     for layer, router in enumerate(model):
         routing, loss = router(tokens(layer))
-        losses += loss
+        losses = losses + loss
         weights = torch.relu(tokens(layer).double() @ router.wg.weight.detach().double().t())
         for e in range(5):
             active = int((weights[:, e] > 0).sum())
@@ -52,7 +55,7 @@ def test_layer_losses_add_up_to_the_regulariser(regularizer: str) -> None:
             f = f * f if regularizer.endswith("squared") else f
             expected += 0.3 * f * float(weights[:, e].sum()) / (3 * T)
         assert routing.counts_E.tolist() == (weights > 0).sum(0).tolist()
-    assert float(losses) == pytest.approx(expected, rel=1e-6)
+    assert float(losses.detach()) == pytest.approx(expected, rel=1e-6)
     assert controller.coefficient == 0.3
 
 
@@ -135,7 +138,7 @@ def test_state_survives_exactly() -> None:
     first = SparsityController(routers((4, 1)), SparsityConfig(lambda_init=1e-8 / 3))
     for sparsity in (0.1, 0.99, 0.5, 0.75):
         active = round((1 - sparsity) * 400)
-        first.update(RoutingReport((LayerRouting(100, (active, 0, 0, 0), (1.0,) * 4, 0.5),)))
+        first.update(RoutingReport((LayerRouting(0, 100, (active, 0, 0, 0), (1.0,) * 4, 0.5),)))
     second = SparsityController(routers((4, 1)))
     second.load_state_dict(first.state_dict())
     assert second.coefficient == first.coefficient
@@ -197,6 +200,65 @@ def test_unused_tokens_pass_no_expert() -> None:
         routing, _ = router(tokens(0), used)
         assert not routing.mask_TE[1::2].any()
         assert routing.mask_TE[0::2].any()
+
+
+def test_unused_tokens_count_nowhere() -> None:
+    """Padding changes neither the measured sparsity nor the losses."""
+    model = nn.ModuleList([ReLURouter(D, 4, 2), TopKRouter(D, 4, 2)])
+    controller = SparsityController(model)
+    x, padded = tokens(0, 5), torch.cat([tokens(0, 5), tokens(1, 45)])
+    used = torch.arange(50) < 5
+    plain = [router(x)[1] for router in model]
+    first = controller.step()
+    masked = [router(padded, used)[1] for router in model]
+    second = controller.step()
+    assert first is not None
+    assert second is not None
+    assert [layer.active for layer in first.layers] == [layer.active for layer in second.layers]
+    assert [layer.tokens for layer in second.layers] == [5, 5]
+    torch.testing.assert_close(torch.stack(plain)[1], torch.stack(masked)[1])
+    assert controller.history[1][1] == controller.history[0][1]
+
+
+def test_a_layer_that_does_not_run_leaves_the_others_steered() -> None:
+    model = routers((4, 1), (4, 1))
+    controller = SparsityController(model)
+    model[1](tokens(0))
+    report = controller.step()
+    assert report is not None
+    assert [layer.index for layer in report.layers] == [1]
+    assert controller.history == [(1e-8, report.sparsity)]
+
+
+def test_only_relu_layers_are_steered_and_all_are_reported() -> None:
+    model = nn.ModuleList([TopKRouter(D, 4, 1), *routers((4, 1))])
+    controller = SparsityController(model)
+    for router in model:
+        router(tokens(0))
+    report = controller.step()
+    assert report is not None
+    assert len(report.layers) == 2
+    assert controller.history[0][1] == report.layers[1].sparsity
+    assert report.layers[0].sparsity == 0.75
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_is_on_its_own(copied: Callable[[nn.Module], nn.ModuleList]) -> None:
+    model = routers((4, 1))
+    controller = SparsityController(model)
+    twin = copied(model)
+    with pytest.warns(UserWarning, match="without a SparsityController"):
+        twin[0](tokens(0))
+    assert controller.step() is None
+    assert SparsityController(twin).target_sparsity == 0.75
+
+
+def test_logits_stay_in_fp32_under_autocast() -> None:
+    router = routers((4, 1))[0].eval()
+    expected, _ = router(tokens(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = router(tokens(0))
+    assert torch.equal(got.weights_TE, expected.weights_TE)
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -7,6 +7,7 @@ TopK then gets as many steps as that pays for, rounded up in TopK's favour, with
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -96,12 +97,13 @@ def _compare_seed(config: Path, overrides: Sequence[str], seed: int, folder: Pat
 def _train(
     router: str, config: Path, overrides: Sequence[str], seed: int, pflops: float | None, folder: Path
 ) -> Trained:
-    output = folder / f"{router}_seed{seed}"
+    output = folder / _digest(config, overrides) / f"{router}_seed{seed}"
     settings = [*overrides, f"remoe.train.seed={seed}", f"remoe.train.output_dir={json.dumps(str(output))}"]
     settings += ["remoe.moe.ep_size=1", f'remoe.moe.router="{router}"']
     if router == "topk":
+        settings = [s for s in settings if not s.startswith("remoe.sparsity")]
         if "sparsity" in json.loads(config.read_text(encoding="utf-8"))["remoe"]:
-            settings = [s for s in settings if not s.startswith("remoe.sparsity")] + ["remoe.sparsity=null"]
+            settings.append("remoe.sparsity=null")
         if pflops is not None:
             settings += _steps_worth(pflops, config, settings)
     command = [sys.executable, "-m", "ds_remoe.train", "--config", str(config)]
@@ -121,6 +123,12 @@ def _train(
     return Trained(router, seed, last.step, _pflops(records, config, settings), last.valid_loss, sparsity)
 
 
+def _digest(config: Path, overrides: Sequence[str]) -> str:
+    """A folder name for runs of this file with these overrides, so that other settings never find them."""
+    text = "\n".join([config.read_text(encoding="utf-8"), *overrides])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 @functools.cache
 def _load(config: Path, settings: tuple[str, ...]) -> RunConfig:
     return load_run(config, settings, world_size=1)
@@ -136,7 +144,8 @@ def _steps_worth(pflops: float, config: Path, settings: Sequence[str]) -> list[s
     run = _load(config, tuple(settings))
     per_step = _pflops_per_step(run.remoe.moe.active_experts, config, settings)
     steps = math.ceil(pflops / per_step)
-    return [f"remoe.train.steps={steps}", f"scheduler.params.total_num_steps={steps}"]
+    scheduled = "total_num_steps" in run.deepspeed.get("scheduler", {}).get("params", {})
+    return [f"remoe.train.steps={steps}", *([f"scheduler.params.total_num_steps={steps}"] if scheduled else [])]
 
 
 def _pflops(records: Sequence[StepRecord], config: Path, settings: Sequence[str]) -> float:

@@ -61,7 +61,7 @@ REFUSED: Final[Mapping[str, str]] = {
     "data_types": "gradients are accumulated in the training dtype and buffers stay fp32; remove it, and choose the "
     'dtype with "bf16" or "fp16"',
     "dataloader_drop_last": "DeepSpeed's data loader is not used; remove it",
-    "datastates_ckpt": "checkpoints are written by ds_remoe, with checksums and an atomic latest; remove it",
+    "datastates_ckpt": "checkpoints are written by ds_remoe, with a manifest and an atomic latest; remove it",
     "expert_parallel": "AutoEP converts other models' MoE layers; set remoe.moe.ep_size instead",
     "hybrid_engine": "the hybrid engine serves RLHF; remove it",
     "pipeline": "pipeline parallelism is not supported; remove it and use ZeRO with remoe.moe.ep_size",
@@ -187,7 +187,7 @@ FP16: Final[Mapping[str, Kind]] = {
 
 CHECKPOINT: Final[Mapping[str, Kind]] = {"tag_validation": "string", "load_universal": "bool"}
 
-_OWN_CHECKPOINTS = "checkpoints are written by ds_remoe, with checksums and an atomic latest; remove it"
+_OWN_CHECKPOINTS = "checkpoints are written by ds_remoe, with a manifest and an atomic latest; remove it"
 
 CHECKPOINT_REFUSED: Final[Mapping[str, str]] = {
     "checkpoint_serialization": _OWN_CHECKPOINTS,

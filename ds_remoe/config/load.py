@@ -27,11 +27,13 @@ class RunConfig:
         path: the file it was read from.
         deepspeed: the whole file after overrides, as plain data; `deepspeed.initialize(config=...)` takes it.
         remoe: the typed "remoe" section.
+        overrides: the `path=value` texts that were applied.
     """
 
     path: Path
     deepspeed: dict[str, Any]
     remoe: ReMoEConfig
+    overrides: tuple[str, ...] = ()
 
     def batch_sizes(self, world_size: int) -> BatchSizes:
         """The batch sizes on `world_size` ranks.
@@ -79,7 +81,7 @@ def load_run(
     problems += check_run(clean, config, remoe, world_size=world_size, accelerator=accelerator)
     if problems or remoe is None:
         raise ConfigError(source, problems)
-    return RunConfig(path, config, remoe)
+    return RunConfig(path, config, remoe, tuple(overrides))
 
 
 def load_run_or_exit(

@@ -62,13 +62,14 @@ def forward(gate_up_N2H: Tensor, weights_N: Tensor) -> Tensor:
 def backward(grad_NH: Tensor, gate_up_N2H: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ds_remoe.kernels.swiglu.weighted_swiglu_backward."""
     rows, width = grad_NH.shape
+    grad_NH, gate_up_N2H, weights_N = grad_NH.contiguous(), gate_up_N2H.contiguous(), weights_N.contiguous()
     grad_gate_up, grad_weights_N = torch.empty_like(gate_up_N2H), torch.empty_like(weights_N)
-    out = torch.empty_like(grad_NH)
+    out = torch.empty_like(grad_NH, dtype=gate_up_N2H.dtype)
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
     _backward_kernel[(rows,)](
-        grad_NH.contiguous(),
-        gate_up_N2H.contiguous(),
-        weights_N.contiguous(),
+        grad_NH,
+        gate_up_N2H,
+        weights_N,
         grad_gate_up,
         grad_weights_N,
         out,

@@ -91,18 +91,19 @@ def dispatch(x_TD: Tensor, routing: Routing, group: dist.ProcessGroup | None) ->
     owner_N = expert_ids_N // (routing.mask_TE.shape[1] // ranks)
     row_ids_N = row_of_token_RT[owner_N, token_ids_N].to(torch.int32)
 
+    order_M, source_M = _group_by_expert(received_RC[:, :-1], sum(recv_pairs_R))
     rows, weights_M, row_ids_M = _SendTokens.apply(x_TD, weights_N, row_ids_N, plan)
-    order_M, source_M, counts_L = _group_by_expert([row[:-1] for row in received], x_TD.device)
-    segment_rows_R = _Segments.of(plan.recv_rows_R, plan.recv_pairs_R, x_TD, weights_N, ROW_ID_BYTES).rows_R
-    device = x_TD.device
-    in_row_ids_M = row_ids_M.long() + _starts(segment_rows_R, device)[source_M]
-    out_row_ids_M = row_ids_M.long() + _starts(recv_rows_R, device)[source_M]
+    layout = _Segments.of(recv_rows_R, recv_pairs_R, x_TD, weights_N, ROW_ID_BYTES)
+    recv_rows_dR = received_RC[:, -1]
+    segment_rows_dR = layout.rows_on_device(recv_rows_dR, received_RC[:, :-1].sum(dim=1))
+    in_row_ids_M = row_ids_M + _exclusive_sum(segment_rows_dR)[source_M]
+    out_row_ids_M = row_ids_M + _exclusive_sum(recv_rows_dR)[source_M]
     return Dispatched(
         rows=rows,
         in_row_ids_M=in_row_ids_M[order_M],
         out_row_ids_M=out_row_ids_M[order_M],
         weights_M=_Permute.apply(weights_M, order_M),
-        counts_L=counts_L,
+        counts_L=[sum(column) for column in zip(*(row[:-1] for row in received), strict=True)],
         num_out_rows=sum(recv_rows_R),
         plan=plan,
     )
@@ -113,34 +114,27 @@ def combine(out_MD: Tensor, plan: ExchangePlan | None, num_tokens: int) -> Tenso
     return out_MD if plan is None else _ReturnRows.apply(out_MD, plan, num_tokens)
 
 
-def _starts(sizes: list[int], device: torch.device) -> Tensor:
-    """Exclusive prefix sum of host sizes, as a tensor."""
-    starts = [0]
-    for size in sizes[:-1]:
-        starts.append(starts[-1] + size)
-    return torch.tensor(starts, device=device)
+def _exclusive_sum(sizes: Tensor) -> Tensor:
+    """First index of each of the consecutive blocks of these sizes."""
+    return sizes.cumsum(0) - sizes
 
 
-def _group_by_expert(counts_RL: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
-    """Reorder pairs that arrived by (source rank, expert) to (expert, source rank).
+def _group_by_expert(counts_RL: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Reorder pairs that arrived by (source rank, expert) to (expert, source rank), without a read from the device.
 
     Args:
-        counts_RL: pairs of each source rank and local expert.
+        counts_RL: int64, pairs of each source rank and local expert.
+        total: their sum, known to the host.
 
     Returns:
-        order_M: arrival position of each pair in the new order; source_M: source rank of each pair as it arrived;
-        counts_L: pairs of each local expert.
+        order_M: arrival position of each pair in the new order; source_M: source rank of each pair as it arrived.
     """
-    ranks, experts = len(counts_RL), len(counts_RL[0])
-    total = sum(map(sum, counts_RL))
-    starts_RL = _starts([count for row in counts_RL for count in row], device).view(ranks, experts)
-    lengths_LR = torch.tensor(counts_RL, device=device).t().reshape(-1)
-    new_starts = lengths_LR.cumsum(0) - lengths_LR
-    shift_M = (starts_RL.t().reshape(-1) - new_starts).repeat_interleave(lengths_LR, output_size=total)
-    order_M = torch.arange(total, device=device) + shift_M
-    per_rank = torch.tensor([sum(row) for row in counts_RL], device=device)
-    source_M = torch.arange(ranks, device=device).repeat_interleave(per_rank, output_size=total)
-    return order_M, source_M, [sum(column) for column in zip(*counts_RL, strict=True)]
+    starts_RL = _exclusive_sum(counts_RL.flatten()).view_as(counts_RL)
+    lengths_LR = counts_RL.t().flatten()
+    shift_M = (starts_RL.t().flatten() - _exclusive_sum(lengths_LR)).repeat_interleave(lengths_LR, output_size=total)
+    ranks = torch.arange(counts_RL.shape[0], device=counts_RL.device)
+    source_M = ranks.repeat_interleave(counts_RL.sum(dim=1), output_size=total)
+    return torch.arange(total, device=counts_RL.device) + shift_M, source_M
 
 
 @dataclass(frozen=True)
@@ -168,6 +162,10 @@ class _Segments:
             rows - (-pairs * self.pair_bytes // self.row_bytes)
             for rows, pairs in zip(self.token_rows_R, self.pairs_R, strict=True)
         ]
+
+    def rows_on_device(self, token_rows: Tensor, pairs: Tensor) -> Tensor:
+        """`rows_R` from counts that lie on the device."""
+        return token_rows - torch.div(-pairs * self.pair_bytes, self.row_bytes, rounding_mode="floor")
 
     @property
     def bytes_R(self) -> list[int]:

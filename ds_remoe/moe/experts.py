@@ -6,9 +6,12 @@ step, zeros where no token came, so that no rank waits for a gradient that anoth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +69,24 @@ class StackedSwiGLU(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_hidden_size, **kwargs))
 
     def forward(self, dispatched: Dispatched) -> Tensor:
-        """Σ over the active local experts of w · FFN_e(x), for each result row: [num_out_rows, D]."""
+        """Σ over the active local experts of w · FFN_e(x), for each result row: [num_out_rows, D].
+
+        Raises:
+            TypeError: the tokens' dtype is not the experts', and no autocast says what to compute in.
+        """
+        rows: Tensor = dispatched.rows
+        gate_up: Tensor = self.gate_up
+        down: Tensor = self.down
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
+        elif rows.dtype != gate_up.dtype:
+            raise TypeError(f"hidden_states are {rows.dtype}, but the experts {gate_up.dtype}; cast one of them")
         return _StackedSwiGLUFunction.apply(
-            dispatched.rows,
+            rows,
             dispatched.weights_M,
-            self.gate_up,
-            self.down,
+            gate_up,
+            down,
             dispatched.in_row_ids_M,
             dispatched.out_row_ids_M,
             dispatched.counts_L,
@@ -79,11 +94,17 @@ class StackedSwiGLU(nn.Module):
         )
 
     @torch.no_grad()
+    def copy_from(self, expert: SwiGLU) -> None:
+        """Give every expert the weights of one."""
+        self.gate_up.copy_(torch.cat([expert.gate_proj.weight, expert.up_proj.weight]).expand_as(self.gate_up))
+        self.down.copy_(expert.down_proj.weight.expand_as(self.down))
+
+    @torch.no_grad()
     def init_expert(self, index: int, std: float | None, generator: torch.Generator) -> None:
         """Draw one expert anew: normal(0, std), or uniform as nn.Linear does where std is None."""
         for matrix in (self.gate_up[index], self.down[index]):
             bound = 1 / math.sqrt(matrix.shape[-1])
-            draw = torch.empty(matrix.shape, dtype=torch.float32)
+            draw = torch.empty(matrix.shape, dtype=torch.float32, device="cpu")
             if std is None:
                 draw.uniform_(-bound, bound, generator=generator)
             else:
@@ -198,8 +219,7 @@ class ModuleExperts(nn.ModuleList):
     An expert without tokens is run on an empty batch, so its parameters have zero gradients.
 
     Args:
-        expert: template; [n, D] → [n, D], or a tuple with that first. Copies are drawn anew where the template's
-            submodules have `reset_parameters`.
+        expert: template; [n, D] → [n, D], or a tuple with that first.
         num_local_experts: L.
     """
 
@@ -227,11 +247,33 @@ class ModuleExperts(nn.ModuleList):
         if std is not None:
             for parameter in expert.parameters():
                 if parameter.dim() > 1:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                    draw = torch.empty(parameter.shape, device="cpu")
+                    parameter.copy_(draw.normal_(0.0, std, generator=generator))
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
-            for module in expert.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if callable(reset):
-                    reset()
+        resettable = [m for m in expert.modules() if callable(getattr(m, "reset_parameters", None))]
+        covered = {id(p) for m in resettable for p in m.parameters()}
+        left = [name for name, p in expert.named_parameters() if id(p) not in covered]
+        if left and index == 0:
+            warnings.warn(
+                f"expert: nothing draws {', '.join(left)} anew, so all experts start with the same values there; "
+                "give its module a reset_parameters() method, or say expert_init='copy'",
+                stacklevel=2,
+            )
+        with _seeded(generator.initial_seed(), next(expert.parameters()).device):
+            for module in resettable:
+                cast(Any, module).reset_parameters()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Global random state from `seed` inside, on the CPU and on `device`; as it was afterwards."""
+    cuda = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    generators = [torch.default_generator, *cuda]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -31,18 +31,22 @@ class MoE(DeepSpeedMoE):
     Args:
         hidden_size: D, of input and output.
         expert: the expert's module. A `ds_remoe.moe.experts.SwiGLU` becomes stacked parameters with grouped GEMMs;
-            any other module [n, D] → [n, D] is copied per expert. Experts are drawn anew, each from a stream of its
-            own, so they start different from each other and the same at any ep_size.
+            any other module [n, D] → [n, D] is copied per expert.
         num_experts: E.
         ep_size: ranks that share one set of experts; must divide num_experts.
         k: wanted mean number of active experts a token; with router "topk" the exact number.
-        capacity_factor, eval_capacity_factor, min_capacity, noisy_gate_policy, drop_tokens, use_rts, use_tutel,
+        capacity_factor, eval_capacity_factor, min_capacity, noisy_gate_policy, use_rts, use_tutel,
             top2_2nd_expert_sampling: accepted for DeepSpeed's sake. Nothing is dropped here, so a value other than the
             default is answered with a warning.
+        drop_tokens: accepted for DeepSpeed's sake; no token is ever dropped.
         use_residual: Residual MoE (arXiv 2201.05596): add a dense copy of the expert, mixed by a learnt coefficient.
         enable_expert_tensor_parallelism: not supported; True is refused.
         router: "relu" (ReMoE) or "topk" (dropless Softmax-TopK).
         aux_loss_coefficient: weight of the Switch loss of router "topk".
+        expert_init: "redraw" draws each expert anew from a stream of its own, by `reset_parameters` of its submodules,
+            so that experts start different from each other, and the same at any ep_size where the ranks' seeds agree
+            and EP groups are consecutive ranks (DeepSpeed's default); "copy" keeps the weights of `expert`, as
+            DeepSpeed does.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class MoE(DeepSpeedMoE):
         *,
         router: Literal["relu", "topk"] = "relu",
         aux_loss_coefficient: float = 0.01,
+        expert_init: Literal["redraw", "copy"] = "redraw",
     ) -> None:
         nn.Module.__init__(self)
         if ep_size < 1 or num_experts % ep_size:
@@ -92,9 +97,13 @@ class MoE(DeepSpeedMoE):
             gate = TopKRouter(hidden_size, num_experts, k, aux_loss_coefficient)
         else:
             raise ValueError(f"router = {router!r}: must be 'relu' or 'topk'")
+        if expert_init not in ("redraw", "copy"):
+            raise ValueError(f"expert_init = {expert_init!r}: must be 'redraw' or 'copy'")
         self.deepspeed_moe = RoutedExperts(gate, _build_experts(expert, hidden_size, self.num_local_experts))
         mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
-        self._init_experts(std=None, seed=torch.initial_seed())
+        if expert_init == "redraw":
+            # From the global generator, so that the layers of a model differ and equally seeded ranks agree.
+            self._init_experts(std=None, seed=int(torch.randint(2**62, (), device="cpu")))
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
@@ -122,7 +131,7 @@ class MoE(DeepSpeedMoE):
     def init_weights(self, std: float, seed: int) -> None:
         """Draw router and experts from normal(0, std), the same at any ep_size and on any rank."""
         weight = self.deepspeed_moe.gate.wg.weight
-        weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=_stream(seed, 0)))
+        weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=_stream(seed, 0)))
         self._init_experts(std, seed)
 
     def _init_experts(self, std: float | None, seed: int) -> None:
@@ -176,6 +185,8 @@ def _build_experts(expert: nn.Module, hidden_size: int, num_local_experts: int) 
         raise ValueError(f"expert: its width is {down.shape[0]}, but hidden_size = {hidden_size}")
     device = torch.get_default_device() if down.is_meta else down.device
     stacked = StackedSwiGLU(hidden_size, down.shape[1], num_local_experts, device, down.dtype)
+    if not down.is_meta:
+        stacked.copy_from(expert)
     return Experts(stacked, num_local_experts)
 
 

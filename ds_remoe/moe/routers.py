@@ -32,14 +32,15 @@ class Router(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         """x W in fp32 (fp64 for fp64 input), whatever the dtype of the weights: [T, E]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(dtype), self.wg.weight.to(dtype))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(dtype), self.wg.weight.to(dtype))
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route tokens.
 
         Args:
             x_TD: tokens, any floating dtype.
-            used_token_T: where zero or False, the token passes no expert (DeepSpeed's `used_token`).
+            used_token_T: where zero or False, the token passes no expert and counts nowhere (DeepSpeed's `used_token`).
 
         Returns:
             The routing, and the layer's auxiliary loss: a scalar, coefficient included.
@@ -60,7 +61,7 @@ class ReLURouter(Router):
         if used_token_T is not None:
             weights_TE = weights_TE * (used_token_T.reshape(-1, 1) != 0)
         routing = Routing.from_mask(weights_TE, weights_TE > 0)
-        weight_sums_E, tokens = weights_TE.sum(dim=0), x_TD.shape[0]
+        weight_sums_E, tokens = weights_TE.sum(dim=0), _count_tokens(x_TD, used_token_T)
         aux_loss, regulariser = self.control.loss(weight_sums_E, routing.counts_E, tokens, self.k, self.training)
         if self.training:
             self.statistics.add(routing.counts_E, weight_sums_E, regulariser, tokens)
@@ -86,10 +87,19 @@ class TopKRouter(Router):
         if used_token_T is not None:
             mask_TE = mask_TE & (used_token_T.reshape(-1, 1) != 0)
         routing = Routing.from_mask(probs_TE, mask_TE)
-        tokens = x_TD.shape[0]
-        share_E = routing.counts_E.to(probs_TE.dtype) / (self.k * max(tokens, 1))
-        switch_loss = self.num_experts * (share_E * probs_TE.sum(dim=0) / max(tokens, 1)).sum()
+        tokens = _count_tokens(x_TD, used_token_T)
+        counted = tokens.clamp(min=1)
+        share_E = routing.counts_E.to(probs_TE.dtype) / (self.k * counted)
+        used_TE = probs_TE if used_token_T is None else probs_TE * (used_token_T.reshape(-1, 1) != 0)
+        switch_loss = self.num_experts * (share_E * used_TE.sum(dim=0) / counted).sum()
         if self.training:
             weight_sums_E = (probs_TE.detach() * mask_TE).sum(dim=0)
             self.statistics.add(routing.counts_E, weight_sums_E, switch_loss, tokens)
         return routing, self.aux_loss_coefficient * switch_loss
+
+
+def _count_tokens(x_TD: Tensor, used_token_T: Tensor | None) -> Tensor:
+    """Tokens that are routed, as an int64 scalar that stays on the device."""
+    if used_token_T is None:
+        return torch.full((), x_TD.shape[0], device=x_TD.device)
+    return used_token_T.count_nonzero()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_remoe.config.schema import SparsityConfig
-from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
+from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, StatisticsSlot, connect_all
 
 
 class CoefficientRule(Protocol):
@@ -44,19 +43,22 @@ class SparsitySlot:
         self._controller: weakref.ref[SparsityController] | None = None
         self._warned = False
 
+    def __reduce__(self) -> tuple[type[SparsitySlot], tuple[()]]:
+        return type(self), ()  # a copy of the model is not controlled with the original
+
     def connect(self, controller: SparsityController) -> None:
         """Take λ, the number of layers and the regulariser from `controller` from now on."""
         self._controller = weakref.ref(controller)
 
     def loss(
-        self, weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, training: bool
+        self, weight_sums_E: Tensor, counts_E: Tensor, tokens: Tensor, k: int, training: bool
     ) -> tuple[Tensor, Tensor]:
         """This layer's share of λ·L_reg, and its L_reg.
 
         Args:
             weight_sums_E: Σ_t R(x_t)_e, differentiable.
             counts_E: active tokens of each expert.
-            tokens: T.
+            tokens: T, int64 scalar on the device.
             k: wanted mean number of active experts a token.
             training: False makes no collective and warns of no missing controller.
 
@@ -82,15 +84,15 @@ class SparsitySlot:
         return scale.to(regulariser.dtype) * regulariser, regulariser.detach()
 
 
-def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, kind: str, all_ranks: bool) -> Tensor:
+def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: Tensor, k: int, kind: str, all_ranks: bool) -> Tensor:
     """(1/T) Σ_t Σ_e f_e R(x_t)_e with f of eq. (11), f² or 1; f over the tokens of all ranks where asked."""
-    tokens = max(tokens, 1)
+    tokens = tokens.clamp(min=1)
     if kind == "l1":
         return weight_sums_E.sum() / tokens
     balance_E = counts_E.to(weight_sums_E.dtype)
-    scope_tokens: Tensor | int = tokens
+    scope_tokens = tokens
     if all_ranks and dist.is_initialized():
-        totals = torch.cat([balance_E, balance_E.new_full((1,), tokens)])
+        totals = torch.cat([balance_E, tokens.to(balance_E.dtype).reshape(1)])
         dist.all_reduce(totals)
         balance_E, scope_tokens = totals[:-1], totals[-1]
     balance_E = balance_E * (len(counts_E) / k) / scope_tokens
@@ -102,8 +104,8 @@ def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: int, k: int, k
 class SparsityController:
     """Steers the ReLU routers of one model to the sparsity 1 − k/E with one L1 coefficient λ.
 
-    It connects to every ReLU router of `model`. The routers count on the device; `step`, once per optimizer step, sums
-    the counts over all ranks and moves λ. `ds_remoe.initialize` does all that.
+    It connects to every router of `model`, and steers the ReLU ones. The routers count on the device; `step`, once per
+    optimizer step, sums the counts over all ranks and moves λ. `ds_remoe.initialize` does all that.
 
     Args:
         model: module that holds at least one ReLU router (in a `ds_remoe.MoE` or as a `ds_remoe.ReLUGate`).
@@ -119,8 +121,9 @@ class SparsityController:
     def __init__(
         self, model: nn.Module, config: SparsityConfig | None = None, *, rule: CoefficientRule | None = None
     ) -> None:
-        routers = relu_routers(model)
-        if not routers:
+        routers = find_routers(model)
+        steered = [(index, router) for index, router in enumerate(routers) if hasattr(router, "control")]
+        if not steered:
             raise ValueError(
                 "SparsityController: the model has no ReLU router; build it with ds_remoe.MoE(router='relu') or "
                 "put a ds_remoe.ReLUGate into its MOELayer"
@@ -129,11 +132,12 @@ class SparsityController:
         self.rule: CoefficientRule = rule if rule is not None else SignRule(self.config.alpha)
         self.coefficient = self.config.lambda_init
         self.history: list[tuple[float, float]] = []
-        self.num_layers = len(routers)
-        self.target_sparsity = 1.0 - sum(r.k for r in routers) / sum(r.num_experts for r in routers)
+        self.num_layers = len(steered)
+        self.target_sparsity = 1.0 - sum(r.k for _, r in steered) / sum(r.num_experts for _, r in steered)
+        self._steered = {index for index, _ in steered}
         self.statistics: RoutingStatistics = connect_all((r.statistics, r.num_experts) for r in routers)
         self._device_coefficient: Tensor | None = None
-        for router in routers:
+        for _, router in steered:
             router.control.connect(self)
 
     def layer_coefficient(self, device: torch.device) -> Tensor:
@@ -161,7 +165,10 @@ class SparsityController:
 
     def update(self, report: RoutingReport) -> None:
         """Move λ by the rule for a step with this routing."""
-        sparsity = report.sparsity
+        layers = tuple(layer for layer in report.layers if layer.index in self._steered)
+        if not layers:
+            return
+        sparsity = RoutingReport(layers).sparsity
         self.history.append((self.coefficient, sparsity))
         self._set_coefficient(self.rule.next(self.coefficient, sparsity, self.target_sparsity))
 
@@ -183,13 +190,6 @@ class SparsityController:
             self._device_coefficient.fill_(coefficient / self.num_layers)
 
 
-class _ReLURouterLike(Protocol):
-    k: int
-    num_experts: int
-    control: SparsitySlot
-    statistics: Any
-
-
-def relu_routers(model: nn.Module) -> Sequence[_ReLURouterLike]:
-    """The ReLU routers of a model, in its order."""
-    return [m for m in model.modules() if isinstance(getattr(m, "control", None), SparsitySlot)]  # type: ignore[misc]
+def find_routers(model: nn.Module) -> list[Any]:
+    """The routers of a model, in its order: those that carry a `StatisticsSlot`."""
+    return [m for m in model.modules() if isinstance(getattr(m, "statistics", None), StatisticsSlot)]

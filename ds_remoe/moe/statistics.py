@@ -16,13 +16,15 @@ class LayerRouting:
     """One layer over one optimizer step, all micro-batches and ranks together.
 
     Attributes:
-        tokens: tokens that passed the layer.
+        index: position of the layer among the model's routers.
+        tokens: tokens that passed the layer, at least one.
         active: active tokens of each expert.
         weight_sums: sum of the router weights of each expert.
         aux_loss: mean over micro-batches and ranks of the layer's auxiliary loss before its coefficient:
             the regulariser of eq. (9) or (10) for this layer, or the Switch loss.
     """
 
+    index: int
     tokens: int
     active: tuple[int, ...]
     weight_sums: tuple[float, ...]
@@ -41,7 +43,7 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """All layers over one optimizer step."""
+    """The layers that routed a token in one optimizer step, in the model's order; at least one."""
 
     layers: tuple[LayerRouting, ...]
 
@@ -76,7 +78,7 @@ class RoutingStatistics:
         self.experts_per_layer = tuple(experts_per_layer)
         self._sums: Tensor | None = None
 
-    def add(self, layer: int, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: int) -> None:
+    def add(self, layer: int, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: Tensor | int) -> None:
         """Add one micro-batch of one layer; nothing is read from the device."""
         if self._sums is None:
             self._sums = torch.zeros(
@@ -110,14 +112,14 @@ class RoutingStatistics:
         self._sums.zero_()
         if distributed and dist.get_world_size(group) > 1:
             dist.all_reduce(sums, group=group)
-        rows = sums.tolist()
-        if any(row[0] == 0 for row in rows):
-            return None
-        return RoutingReport(tuple(self._layer(row, n) for row, n in zip(rows, self.experts_per_layer, strict=True)))
+        rows = zip(sums.tolist(), self.experts_per_layer, strict=True)
+        layers = [self._layer(index, row, experts) for index, (row, experts) in enumerate(rows) if row[0] > 0]
+        return RoutingReport(tuple(layers)) if layers else None
 
     @staticmethod
-    def _layer(row: list[float], num_experts: int) -> LayerRouting:
+    def _layer(index: int, row: list[float], num_experts: int) -> LayerRouting:
         return LayerRouting(
+            index=index,
             tokens=int(row[0]),
             active=tuple(int(count) for count in row[3 : 3 + num_experts]),
             weight_sums=tuple(row[3 + num_experts : 3 + 2 * num_experts]),
@@ -130,17 +132,20 @@ class RoutingStatistics:
 
 
 class StatisticsSlot:
-    """A router's place in the statistics; empty until `connect`."""
+    """A router's place in the statistics; empty until `connect`, and in a copy of the model."""
 
     def __init__(self) -> None:
         self._statistics: weakref.ref[RoutingStatistics] | None = None
         self._layer = -1
 
+    def __reduce__(self) -> tuple[type[StatisticsSlot], tuple[()]]:
+        return type(self), ()
+
     def connect(self, statistics: RoutingStatistics, layer: int) -> None:
         """Count into row `layer` of `statistics` from now on."""
         self._statistics, self._layer = weakref.ref(statistics), layer
 
-    def add(self, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: int) -> None:
+    def add(self, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: Tensor | int) -> None:
         """Count one forward pass, unless it is a recomputation or nobody listens."""
         statistics = self._statistics() if self._statistics is not None else None
         if statistics is not None and not in_backward():

@@ -14,9 +14,10 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 import ds_remoe
-from ds_remoe.training.manifest import CheckpointError, Manifest, RunIdentity, sync_folder, write_atomically
+from ds_remoe.training.manifest import MANIFEST, CheckpointError, Manifest, RunIdentity, sync_folder, write_atomically
 
 LATEST = "latest"
 _TAG = re.compile(r"step(\d{8})")
@@ -40,12 +41,15 @@ class Checkpoints:
         """Save after optimizer step `step`; on return the checkpoint is complete and `latest` names it.
 
         A process killed at any moment leaves the previous checkpoint the latest: the manifest comes after all files,
-        the pointer after the manifest, and older checkpoints go last.
+        the pointer after the manifest, and what is no longer needed goes last: older checkpoints, and later ones, which
+        were left by a save that was killed or by the line of training that this run has turned away from.
         """
         tag = f"step{step:08d}"
         target = self.folder / tag
         if dist.get_rank() == 0 and target.exists():
-            shutil.rmtree(target)  # left by a save that was killed
+            if self._latest() == target:
+                raise CheckpointError(f"{target}: is the latest checkpoint already; the step was saved before")
+            shutil.rmtree(target)
         dist.barrier()
         engine.save_checkpoint(str(self.folder), tag, save_latest=False)
         torch.save(_random_state(), target / _random_state_file())
@@ -67,7 +71,7 @@ class Checkpoints:
                 files={str(path.relative_to(target)): path.stat().st_size for path in files},
             ).write(target)
             write_atomically(self.folder / LATEST, tag)
-            self._prune()
+            self._prune(target)
         dist.barrier()
         return target
 
@@ -110,9 +114,8 @@ class Checkpoints:
         return manifest
 
     def _choose(self, resume: str) -> Path | None:
-        pointer = self.folder / LATEST
         if resume == "none":
-            if pointer.exists():
+            if self._latest() is not None:
                 raise CheckpointError(
                     f"--resume none: {self.folder} holds checkpoints of an earlier run; remove it, choose another "
                     "remoe.train.output_dir, or resume with --resume auto"
@@ -123,6 +126,10 @@ class Checkpoints:
             if not chosen.is_dir():
                 raise CheckpointError(f"--resume {resume}: {chosen} does not exist; {self._what_exists()}")
             return chosen
+        return self._latest()
+
+    def _latest(self) -> Path | None:
+        pointer = self.folder / LATEST
         return self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
 
     def _what_exists(self) -> str:
@@ -134,9 +141,14 @@ class Checkpoints:
             return []
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and _TAG.fullmatch(path.name))
 
-    def _prune(self) -> None:
-        for path in self._all()[: -self.keep]:
-            shutil.rmtree(path)
+    def _prune(self, newest: Path) -> None:
+        earlier = [path for path in self._all() if path < newest]
+        later = [path for path in self._all() if path > newest]
+        complete = [path for path in earlier if (path / MANIFEST).exists()]
+        kept = complete[len(complete) - self.keep + 1 :]
+        for path in [*earlier, *later]:
+            if path not in kept:
+                shutil.rmtree(path)
         sync_folder(self.folder)
 
 
@@ -148,7 +160,7 @@ def _random_state() -> dict[str, Any]:
     numpy_state = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "device": get_accelerator().get_rng_state(),
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": {"key": numpy_state["state"]["key"].tolist(), **_position(numpy_state)}},
     }
@@ -160,8 +172,7 @@ def _position(numpy_state: Any) -> dict[str, int]:
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    get_accelerator().set_rng_state(state["device"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     numpy_state = state["numpy"]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import deepspeed
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ds_remoe.config.schema import ReMoEConfig, SparsityConfig
-from ds_remoe.deepspeed_compat import clip_gradients, gradients_are_whole, replace_stage0_clipping
-from ds_remoe.moe.routers import Router
-from ds_remoe.moe.sparsity import SparsityController, relu_routers
+from ds_remoe.deepspeed_compat import (
+    PipelineModule,
+    clip_gradients,
+    gradients_are_whole,
+    loss_scale,
+    read_config,
+    replace_stage0_clipping,
+)
+from ds_remoe.moe.routers import ReLURouter
+from ds_remoe.moe.sparsity import SparsityController, find_routers
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
 
 CLIENT_STATE_KEY = "ds_remoe_sparsity"
@@ -28,15 +33,16 @@ class RoutingState:
         controller: steers the ReLU routers; None for a model without any.
         report: routing of the last optimizer step; None before the first, and where nothing was routed.
         grad_norm: global L2 norm of the last step's gradients before clipping, experts included once; None before
-            the first step.
+            the first step, and where the engine does not measure it.
     """
 
     def __init__(self, model: nn.Module, config: SparsityConfig) -> None:
-        self.controller = SparsityController(model, config) if relu_routers(model) else None
-        self._statistics: RoutingStatistics | None = self.controller.statistics if self.controller else None
-        if self.controller is None:
-            routers = [m for m in model.modules() if isinstance(m, Router)]
-            self._statistics = connect_all((r.statistics, r.num_experts) for r in routers) if routers else None
+        routers = find_routers(model)
+        steered = any(isinstance(router, ReLURouter) for router in routers)
+        self.controller = SparsityController(model, config) if steered else None
+        self._statistics: RoutingStatistics | None = None
+        if self.controller is None and routers:
+            self._statistics = connect_all((r.statistics, r.num_experts) for r in routers)
         self.report: RoutingReport | None = None
         self.grad_norm: float | None = None
 
@@ -67,17 +73,20 @@ def initialize(
 
     It makes a `SparsityController` for the model's ReLU routers, from `remoe.sparsity` of the DeepSpeed config where
     that stands, and ties it to the engine: `engine.step()` moves λ at each optimizer step, `save_checkpoint` and
-    `load_checkpoint` carry λ and its history. At ZeRO stage 0 it also puts gradient clipping right for experts.
+    `load_checkpoint` carry λ and its history (also with load_module_only, as the weights belong to that λ). At ZeRO
+    stage 0 it also puts gradient clipping right for experts.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler) as DeepSpeed gives them; `engine.remoe` is a
         `RoutingState`.
 
     Raises:
-        ValueError: `remoe` in the config has an unknown key or a wrong value.
+        ValueError: `remoe` in the config has an unknown key or a wrong value, or the model is a PipelineModule.
     """
     if model is None:
         raise ValueError("initialize: model is missing; pass model=")
+    if isinstance(model, PipelineModule):
+        raise ValueError("initialize: model is a PipelineModule; pipeline parallelism is not supported, use ep_size")
     given = config if config is not None else config_params
     if given is None:
         given = getattr(args, "deepspeed_config", None)
@@ -105,11 +114,11 @@ def initialize(
 
 
 def _sparsity_config(given: str | dict[str, Any] | None) -> SparsityConfig:
-    """`remoe.sparsity` of a DeepSpeed config, or the defaults."""
-    if isinstance(given, str):
-        with open(given, encoding="utf-8") as file:
-            given = json.load(file)
-    section = given.get("remoe", {}) if isinstance(given, dict) else {}
+    """`remoe.sparsity` of a DeepSpeed config (a dict, or a text that DeepSpeed reads), or the defaults."""
+    config = read_config(given) if isinstance(given, str) else given
+    section = config.get("remoe", {}) if isinstance(config, dict) else {}
+    if not isinstance(section, dict):
+        raise ValueError(f'remoe = {section!r}: must be an object, for example {{"sparsity": {{"alpha": 1.2}}}}')
     unknown = set(section) - set(ReMoEConfig.model_fields)
     if unknown:
         raise ValueError(
@@ -124,28 +133,26 @@ def _sparsity_config(given: str | dict[str, Any] | None) -> SparsityConfig:
 
 
 def _tie_step(engine: Any, state: RoutingState) -> None:
+    """Act around the engine's model step, which runs once for each gradient accumulation boundary."""
     own_clipping = gradients_are_whole(engine)
     if own_clipping:
         replace_stage0_clipping(engine)
-    original = engine.step
+    original = engine._take_model_step
 
     @functools.wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        boundary = engine.is_gradient_accumulation_boundary()
+    def take_model_step(*args: Any, **kwargs: Any) -> Any:
         norm: Tensor | None = None
-        if boundary and own_clipping:
-            scale = engine._get_optimizer_loss_scale() if engine.fp16_enabled() else 1.0
-            norm = clip_gradients(engine.module.parameters(), float(engine.gradient_clipping()), scale or 1.0)
+        if own_clipping:
+            norm = clip_gradients(engine.module.parameters(), float(engine.gradient_clipping()), loss_scale(engine))
         result = original(*args, **kwargs)
-        if boundary:
-            if norm is not None:
-                engine._global_grad_norm = norm
-            measured = engine.get_global_grad_norm()
-            state.grad_norm = None if measured is None else float(measured)
-            state.close_step(applied=bool(engine.was_step_applied()))
+        if norm is not None:
+            engine._global_grad_norm = norm
+        measured = engine.get_global_grad_norm()
+        state.grad_norm = None if measured is None else float(measured)
+        state.close_step(applied=bool(engine.was_step_applied()))
         return result
 
-    engine.step = step
+    engine._take_model_step = take_model_step
 
 
 def _tie_checkpoints(engine: Any, state: RoutingState) -> None:
@@ -162,25 +169,32 @@ def _tie_checkpoints(engine: Any, state: RoutingState) -> None:
         return save(save_dir, tag, with_lambda, *args, **kwargs)
 
     @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(*args, **kwargs)
-        if client_state is not None and not kwargs.get("load_module_only", False):
-            if CLIENT_STATE_KEY not in client_state:
-                raise KeyError(
-                    f"{path}: holds no ReMoE sparsity state ({CLIENT_STATE_KEY!r}); it was not saved through "
-                    "ds_remoe.initialize. Load its weights alone with load_module_only=True"
-                )
-            controller.load_state_dict(client_state.pop(CLIENT_STATE_KEY))
+    def load_checkpoint(
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        path, client_state = load(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
+        sparsity = client_state.pop(CLIENT_STATE_KEY, None) if client_state is not None else None
+        if sparsity is not None:
+            controller.load_state_dict(sparsity)
+        elif path is not None and not load_module_only:
+            raise ValueError(
+                f"{path}: holds no ReMoE sparsity state ({CLIENT_STATE_KEY!r}), as it was not saved through "
+                "ds_remoe.initialize; λ would start anew. Load its weights alone with load_module_only=True"
+            )
         return path, client_state
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module behind an engine (or the module itself)."""
-    return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
-
-
-def device_of(engine: Any) -> torch.device:
-    """The device that an engine trains on."""
-    return torch.device(engine.device)

@@ -27,7 +27,7 @@ class RunIdentity:
         optimizer: type of the optimizer.
         seed: of the order of samples.
         data: fingerprint of the token store.
-        model, moe: these sections of the configuration.
+        model, moe, sparsity: these sections of the configuration.
     """
 
     world_size: int
@@ -41,6 +41,7 @@ class RunIdentity:
     data: str
     model: dict[str, Any]
     moe: dict[str, Any]
+    sparsity: dict[str, Any]
 
 
 @dataclass(frozen=True)

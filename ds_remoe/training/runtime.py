@@ -8,6 +8,8 @@ import random
 import signal
 import sys
 import warnings
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import deepspeed
@@ -15,12 +17,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from filelock import FileLock, Timeout
 
-from ds_remoe.deepspeed_compat import use_gloo_only
+from ds_remoe.deepspeed_compat import set_subgroup_timeout, use_gloo_only
+from ds_remoe.training.manifest import CheckpointError
 
 
 def start(seed: int) -> torch.device:
     """Make the process group, choose this rank's device and seed its random state.
+
+    DEEPSPEED_TIMEOUT (minutes, default 30) holds for every group, the expert-parallel ones included.
 
     Returns:
         The device that this rank trains on.
@@ -32,7 +38,9 @@ def start(seed: int) -> torch.device:
         backend = "gloo"
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    timeout = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
+    set_subgroup_timeout(timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     random.seed(seed + dist.get_rank())
     np.random.seed(seed + dist.get_rank())
     torch.manual_seed(seed + dist.get_rank())
@@ -56,13 +64,37 @@ def quiet_output() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # libraries print on every rank
 
 
+def lock_folder(folder: Path) -> FileLock:
+    """Keep a run's folder to one run at a time, for as long as the result lives.
+
+    Raises:
+        CheckpointError: another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"remoe.train.output_dir = {folder}: another run is using it; wait for its end, end its processes, or give "
+            "this run another folder"
+        ) from None
+    return lock
+
+
 class StopSignals:
-    """Remembers that SIGTERM or SIGUSR1 came, so that the loop can finish its step and save."""
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT came, so that the loop can finish its step and save.
+
+    The launcher may pass a signal on that a rank got already, so SIGTERM is only remembered, however often it comes; a
+    second SIGINT (Ctrl-C) interrupts.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(signum).name
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

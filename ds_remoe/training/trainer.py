@@ -26,7 +26,7 @@ from ds_remoe.training.manifest import Manifest, RunIdentity
 from ds_remoe.training.metrics import MetricsLog
 from ds_remoe.training.progress import TrainProgress
 from ds_remoe.training.record import StepRecord
-from ds_remoe.training.runtime import StopSignals
+from ds_remoe.training.runtime import StopSignals, lock_folder
 from ds_remoe.training.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
@@ -71,6 +71,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.batch: BatchSizes = run.batch_sizes(self.world_size)
         self.signals = StopSignals()
+        self._lock = lock_folder(self.config.output_dir) if self.rank == 0 else None
         self.data: PreparedData = prepare(self.config.data, self.config.model.seq_length, progress=self.rank == 0)
         train = self.config.train
         shape = {"micro_batch_size": self.batch.micro_batch, "world_size": self.world_size}
@@ -137,10 +138,10 @@ class Trainer:
     def continue_command(self) -> str:
         """The command that trains twice as long from the newest checkpoint."""
         steps = 2 * self.config.train.steps
-        settings = [f"remoe.train.steps={steps}"]
-        if "scheduler" in self.run.deepspeed:
+        settings = [*self.run.overrides, f"remoe.train.steps={steps}"]
+        if "total_num_steps" in self.run.deepspeed.get("scheduler", {}).get("params", {}):
             settings.append(f"scheduler.params.total_num_steps={steps}")
-        overrides = " ".join(f"--set {setting}" for setting in settings)
+        overrides = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
         path = shlex.quote(str(self.run.path))
         return f"bash launch/train.sh {self.world_size} --config {path} {overrides}"
 
@@ -216,6 +217,7 @@ class Trainer:
             data=self.data.fingerprint,
             model=self.config.model.model_dump(mode="json"),
             moe=self.config.moe.model_dump(mode="json"),
+            sparsity=self.config.sparsity.model_dump(mode="json"),
         )
 
 
