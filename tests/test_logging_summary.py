@@ -47,7 +47,7 @@ def test_summary_numbers() -> None:
     assert (summary.valid_loss, summary.valid_loss_step) == (records[299].valid_loss, 300)
     assert summary.train_loss == pytest.approx(math.fsum(record.lm_loss for record in records[225:]) / 75)
     assert summary.mean_sparsity == pytest.approx(0.875, abs=1e-3)
-    assert summary.settled_at == 101
+    assert summary.settled_at == 100
     assert summary.active_experts_per_token == pytest.approx(1.0, abs=0.02)
     assert (summary.dead_layers, summary.silent_experts) == ((), 0)
     assert summary.tokens_per_second == 20_150.5
@@ -82,7 +82,7 @@ def test_rendered_summary_fits_80_columns_and_says_everything() -> None:
     assert max(map(len, lines)) == 80
     for expected in (
         "3.2000",
-        "from step 101 on",
+        "from step 100 on",
         "runs/q/checkpoints/step-300",
         "runs/q/stages.png",
         "def f[bold](x):",

@@ -21,7 +21,7 @@ class Stages:
 
 
 def detect_stages(
-    records: Sequence[StepRecord], target_sparsity: float, window: int = 20, tolerance: float = 0.01
+    records: Sequence[StepRecord], target_sparsity: float, window: int = 20, tolerance: float = 0.025
 ) -> Stages:
     """The stages of a run with a ReLU router.
 
