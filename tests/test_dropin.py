@@ -213,6 +213,7 @@ def test_clipping_measures_what_fp32_squares_cannot() -> None:
     ("kwargs", "message"),
     [
         ({"expert_init": "zero"}, "expert_init = 'zero': must be 'redraw' or 'copy'"),
+        ({"expert_init": "copy", "expert": SwiGLU(D, 4).to("meta")}, "expert_init = 'copy': the expert is on the meta"),
         ({"ep_size": 3}, "ep_size = 3: must divide num_experts = 4"),
         ({"k": 5}, "k = 5: must be between 1 and num_experts = 4"),
         ({"router": "hash"}, "router = 'hash': must be 'relu' or 'topk'"),

@@ -99,6 +99,8 @@ class MoE(DeepSpeedMoE):
             raise ValueError(f"router = {router!r}: must be 'relu' or 'topk'")
         if expert_init not in ("redraw", "copy"):
             raise ValueError(f"expert_init = {expert_init!r}: must be 'redraw' or 'copy'")
+        if expert_init == "copy" and any(p.is_meta for p in expert.parameters()):
+            raise ValueError("expert_init = 'copy': the expert is on the meta device and has no weights to copy")
         self.deepspeed_moe = RoutedExperts(gate, _build_experts(expert, hidden_size, self.num_local_experts))
         mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
         if expert_init == "redraw":

@@ -138,10 +138,11 @@ class Trainer:
     def continue_command(self) -> str:
         """The command that trains twice as long from the newest checkpoint."""
         steps = 2 * self.config.train.steps
-        settings = [*self.run.overrides, f"remoe.train.steps={steps}"]
+        settings = {"remoe.train.steps": str(steps)}
         if "total_num_steps" in self.run.deepspeed.get("scheduler", {}).get("params", {}):
-            settings.append(f"scheduler.params.total_num_steps={steps}")
-        overrides = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+            settings["scheduler.params.total_num_steps"] = str(steps)
+        given = dict(override.split("=", 1) for override in self.run.overrides)
+        overrides = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in (given | settings).items())
         path = shlex.quote(str(self.run.path))
         return f"bash launch/train.sh {self.world_size} --config {path} {overrides}"
 
