@@ -29,6 +29,7 @@ __all__ = [
     "loss_scale",
     "mark_expert_parameters",
     "read_config",
+    "refresh_learning_rate",
     "replace_stage0_clipping",
     "set_subgroup_timeout",
     "use_gloo_only",
@@ -98,6 +99,16 @@ def loss_scale(engine: Any) -> float:
     if scaler is not None:
         return float(scaler.get_scale())
     return float(engine._get_optimizer_loss_scale() or 1.0) if engine.fp16_enabled() else 1.0
+
+
+def refresh_learning_rate(engine: Any) -> None:
+    """Recompute the learning rate from the schedule as it is configured now.
+
+    A checkpoint brings back the rate of the schedule that it was saved under, which would hold for one step more.
+    """
+    scheduler = engine.lr_scheduler
+    if scheduler is not None and getattr(scheduler, "last_batch_iteration", -1) >= 0:
+        scheduler.step(scheduler.last_batch_iteration)
 
 
 @torch.no_grad()

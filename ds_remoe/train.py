@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer = Trainer(run, device)
         outcome = trainer.train(options.resume)
+        if outcome.trained and outcome.stopped_by is None:
+            report(trainer, outcome)
     except (CheckpointError, DataError, MetricsError) as error:
         leave(str(error))
     if not outcome.trained:
         print(f"Nothing to do: {outcome.checkpoint} is at step {outcome.step} of {run.remoe.train.steps}.")
-        print(f"To train on: {trainer.continue_command()}")
-    elif outcome.stopped_by is None:
-        report(trainer, outcome)
+        print(f"To train on: {trainer.continue_command(outcome.step)}")
     runtime.stop()
     return 0
 

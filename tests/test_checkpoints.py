@@ -120,6 +120,20 @@ def test_the_choice_of_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step00000003 does not exist; there are no checkpoints"):
         checkpoints.choose("step00000003")
     older, newer = saved(tmp_path, 5), saved(tmp_path, 10)
+    pointer = tmp_path / LATEST
+    for content in ("step00000099", "", "nonsense"):
+        pointer.write_text(content)
+        with pytest.raises(CheckpointError, match=r"names no checkpoint, and there are step00000005, step00000010"):
+            checkpoints.choose("auto")
+    pointer.unlink()
+    with pytest.raises(CheckpointError, match=r"latest: missing, but there are step00000005, step00000010"):
+        checkpoints.choose("auto")
+    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+        checkpoints.choose("none")
+    pointer.write_text(newer.name)
+    for tag in ("", "..", "latest"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            checkpoints.choose(tag)
     (tmp_path / "step00000011").mkdir()  # a save that was killed
     assert checkpoints.choose("auto") == newer
     assert checkpoints.choose(older.name) == older

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import keyword
 from functools import cache
 from pathlib import Path
 
@@ -111,8 +112,12 @@ def test_a_single_large_document_is_cut_between_characters() -> None:
 
 
 def test_vocabulary_size_errors_name_the_field_and_the_bound() -> None:
+    tiny = TrainingSample(10**6)
+    tiny.add(Document("a b c abc abc", "text"))
+    with pytest.raises(DataError, match=r"data\.source: the text is too short .* supports \d+ pieces"):
+        train_sentencepiece(TrainedTokenizer(vocab_size=600), tiny)
     small = TrainingSample(10**6)
-    small.add(Document("a b c abc abc", "text"))
+    small.add(Document(" ".join(f"{word}{word[::-1]}" for word in keyword.kwlist * 40 + dir(str) * 40), "text"))
     with pytest.raises(DataError, match=r"data\.tokenizer\.vocab_size is 5000, but the text supports at most \d+"):
         train_sentencepiece(TrainedTokenizer(vocab_size=5000), small)
     many = TrainingSample(10**6)

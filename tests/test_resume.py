@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -142,7 +143,7 @@ def test_a_finished_run_says_that_it_is_done(undisturbed: Run) -> None:
 
 
 def test_a_run_stopped_twice_and_killed_continues_the_same_line(undisturbed: Run) -> None:
-    """SIGTERM to one rank, SIGUSR1 to the other (both save and end well), then SIGKILL between saves."""
+    """SIGTERM to one rank, SIGUSR1 to the other (both save and end well), then SIGKILL, and on from an older save."""
     run = Run(undisturbed.folder.with_name("disturbed"), undisturbed.folder.with_name("data"))
     for rank, signum in ((0, signal.SIGTERM), (1, signal.SIGUSR1)):
         output = run.signal_a_rank(rank, signum, after_step=len(run.lines()) + 5)
@@ -153,8 +154,9 @@ def test_a_run_stopped_twice_and_killed_continues_the_same_line(undisturbed: Run
     output = run.signal_a_rank(1, signal.SIGKILL, after_step=done + 5)
     assert "launcher's code 0" not in output
     assert len(run.lines()) < STEPS, "the kill came too late to prove anything"
+    older = run.checkpoints()[-2]
     (run.folder / "checkpoints" / "step00000039").mkdir()  # as a save that was killed leaves it
-    run.finish()
+    run.finish("--resume", older)
     got, expected = run.records(), undisturbed.records()
     assert [record["step"] for record in got] == list(range(1, STEPS + 1))
     assert got == expected
@@ -177,3 +179,12 @@ def test_files_of_another_step_are_refused(undisturbed: Run) -> None:
     finally:
         state.write_bytes(kept)
     assert "step 36, but the manifest says 40" in output or "bytes, but" in output, output[-4000:]
+
+
+def test_training_on_follows_the_longer_schedule_from_its_first_step(undisturbed: Run) -> None:
+    longer = STEPS + 4
+    undisturbed.finish("--set", f"remoe.train.steps={longer}", "--set", f"scheduler.params.total_num_steps={longer}")
+    rates = [record["learning_rate"] for record in undisturbed.records()[STEPS:]]
+    progress = [(STEPS - 1 + index - 5 + 1) / (longer - 5) for index in range(4)]
+    expected = [3e-3 * (1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * p)) / 2) for p in progress]
+    assert rates == pytest.approx(expected)

@@ -24,9 +24,16 @@ def parse_json(text: str) -> Any:
         json.JSONDecodeError: if it is not JSON.
         RefusedJSONError: for a key given twice in one object, NaN, Infinity, or a number beyond the float range.
     """
-    return json.loads(
-        text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_number, parse_float=_finite_float
-    )
+    try:
+        return json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_number, parse_float=_finite_float
+        )
+    except RecursionError:
+        raise RefusedJSONError(ConfigProblem("file", text[:40], "nested too deeply; flatten it")) from None
+    except (json.JSONDecodeError, RefusedJSONError):
+        raise
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise RefusedJSONError(ConfigProblem("number", text[:40], f"{error}; write a smaller one")) from None
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class DataConfig(Section):
     tokenizer: Tokenizer = TrainedTokenizer()
     valid_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of documents held out for validation, chosen by a hash of the document."""
-    cache_dir: str = "runs/data"
+    cache_dir: str = Field(default="runs/data", min_length=1)
     """Where tokenizer and token store are kept; each distinct data configuration has a folder of its own in it."""
 
 
@@ -193,7 +193,7 @@ class TrainConfig(Section):
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept; older ones are removed after a newer one is complete."""
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     """The run's folder: checkpoints, metrics.jsonl, pictures, summary, W&B files."""
 
 

@@ -145,7 +145,7 @@ def _json_rows(path: Path, lines: Iterable[dict[str, str]]) -> Iterator[tuple[in
             continue
         try:
             row = json.loads(line["text"])
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, row {number}: not a line of JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected a JSON object, found {line['text']!r:.80}")
@@ -154,10 +154,13 @@ def _json_rows(path: Path, lines: Iterable[dict[str, str]]) -> Iterator[tuple[in
 
 def _parquet_rows(path: Path, literal: str, cache_dir: str, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     from datasets import IterableDataset
+    from pyarrow.parquet import ParquetFile
 
     with _reading(path):
         names = IterableDataset.from_parquet(literal, cache_dir=cache_dir).column_names
         _require_columns(str(path), names, columns)
+        if ParquetFile(path).metadata.num_rows == 0:
+            return  # `datasets` cannot make batches of a file without rows
         rows = enumerate(IterableDataset.from_parquet(literal, cache_dir=cache_dir, columns=columns), start=1)
     while True:
         with _reading(path):

@@ -62,10 +62,22 @@ def prepare(data: DataConfig, seq_length: int, *, progress: bool) -> PreparedDat
     cache_dir = Path(data.cache_dir)
     folder = cache_dir / fingerprint[:16]
     if not folder.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise DataError(f"data.cache_dir = {data.cache_dir!r}: cannot be made ({error})") from error
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _build(data, folder, fingerprint, progress)
+    try:
+        return _open(folder, fingerprint, seq_length)
+    except DataError:
+        raise
+    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}: damaged ({error}); remove it to have it prepared again") from error
+
+
+def _open(folder: Path, fingerprint: str, seq_length: int) -> PreparedData:
     description = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     if description["fingerprint"] != fingerprint:
         raise DataError(f"{folder} belongs to another data configuration; remove it to have it prepared again")

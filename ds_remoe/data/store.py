@@ -174,6 +174,11 @@ class PackedDataset:
         self.token_stream: npt.NDArray[np.unsignedinteger] = _map(folder / f"{split}.tokens.npy")
         self._offsets: npt.NDArray[np.int64] = _map(folder / f"{split}.offsets.npy")
         self._domains: npt.NDArray[np.int16] = _map(folder / f"{split}.domains.npy")
+        if self._offsets[-1] != len(self.token_stream) or len(self._domains) != len(self._offsets) - 1:
+            raise ValueError(
+                f"{split}: offsets end at {self._offsets[-1]} for {len(self.token_stream)} tokens, and there are "
+                f"{len(self._domains)} domains for {len(self._offsets) - 1} documents"
+            )
         if len(self) == 0:
             change = "raise" if split == "valid" else "lower"
             raise DataError(

@@ -103,6 +103,11 @@ def train_sentencepiece(config: TrainedTokenizer, sample: TrainingSample) -> Sen
 def _explain(error: RuntimeError, config: TrainedTokenizer) -> DataError:
     message = str(error)
     if too_big := re.search(r"Please set it to a value <= (\d+)", message):
+        if int(too_big[1]) < 512:  # the least that the field takes
+            return DataError(
+                f"data.source: the text is too short for a tokenizer; it supports {too_big[1]} pieces, and "
+                "data.tokenizer.vocab_size is at least 512. Give more text"
+            )
         return DataError(
             f"data.tokenizer.vocab_size is {config.vocab_size}, but the text supports at most {too_big[1]} pieces; "
             f"set it to {too_big[1]} or less, give more text, or raise data.tokenizer.max_training_bytes "

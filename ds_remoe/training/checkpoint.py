@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_remoe
+from ds_remoe.deepspeed_compat import refresh_learning_rate
 from ds_remoe.training.manifest import MANIFEST, CheckpointError, Manifest, RunIdentity, sync_folder, write_atomically
 
 LATEST = "latest"
@@ -47,8 +49,6 @@ class Checkpoints:
         tag = f"step{step:08d}"
         target = self.folder / tag
         if dist.get_rank() == 0 and target.exists():
-            if self._latest() == target:
-                raise CheckpointError(f"{target}: is the latest checkpoint already; the step was saved before")
             shutil.rmtree(target)
         dist.barrier()
         engine.save_checkpoint(str(self.folder), tag, save_latest=False)
@@ -96,26 +96,37 @@ class Checkpoints:
         return choice[0]
 
     def load(self, engine: Any, checkpoint: Path) -> Manifest:
-        """Restore model, optimizer shards, scheduler, λ and random state.
+        """Restore model, optimizer shards, scheduler, λ and random state; `latest` names this checkpoint from then on.
 
         Raises:
-            CheckpointError: the checkpoint is incomplete or belongs to another run.
+            CheckpointError: the checkpoint is incomplete, damaged, or belongs to another run.
         """
         manifest = Manifest.read(checkpoint)
         manifest.check_identity(self.identity, checkpoint)
         manifest.check_files(checkpoint)
-        path, _ = engine.load_checkpoint(str(checkpoint.parent), checkpoint.name)
+        try:
+            path, _ = engine.load_checkpoint(str(checkpoint.parent), checkpoint.name)
+            random_state = torch.load(checkpoint / _random_state_file(), weights_only=True)
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{checkpoint}: cannot be read ({type(error).__name__}: {error}); {self._what_exists()}, resume from "
+                "another with --resume TAG"
+            ) from error
         if path is None or engine.global_steps != manifest.step:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed loaded step {engine.global_steps}, but the manifest says {manifest.step}; "
                 "its files are of another step. Resume from another checkpoint"
             )
-        _restore_random_state(torch.load(checkpoint / _random_state_file(), weights_only=True))
+        _restore_random_state(random_state)
+        refresh_learning_rate(engine)
+        if dist.get_rank() == 0:
+            write_atomically(self.folder / LATEST, checkpoint.name)
+        dist.barrier()
         return manifest
 
     def _choose(self, resume: str) -> Path | None:
         if resume == "none":
-            if self._latest() is not None:
+            if self._complete():
                 raise CheckpointError(
                     f"--resume none: {self.folder} holds checkpoints of an earlier run; remove it, choose another "
                     "remoe.train.output_dir, or resume with --resume auto"
@@ -123,17 +134,29 @@ class Checkpoints:
             return None
         if resume != "auto":
             chosen = self.folder / resume
-            if not chosen.is_dir():
+            if not _TAG.fullmatch(resume) or not chosen.is_dir():
                 raise CheckpointError(f"--resume {resume}: {chosen} does not exist; {self._what_exists()}")
             return chosen
         return self._latest()
 
     def _latest(self) -> Path | None:
         pointer = self.folder / LATEST
-        return self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+        if not pointer.exists():
+            if self._complete():
+                raise CheckpointError(f"{pointer}: missing, but {self._what_exists()}; name one with --resume TAG")
+            return None
+        tag = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not _TAG.fullmatch(tag) or not (self.folder / tag).is_dir():
+            raise CheckpointError(
+                f"{pointer} = {tag[:80]!r}: names no checkpoint, and {self._what_exists()}; name one with --resume TAG"
+            )
+        return self.folder / tag
+
+    def _complete(self) -> list[Path]:
+        return [path for path in self._all() if (path / MANIFEST).exists()]
 
     def _what_exists(self) -> str:
-        tags = [path.name for path in self._all()]
+        tags = [path.name for path in self._complete()]
         return f"there are {', '.join(tags)}" if tags else "there are no checkpoints"
 
     def _all(self) -> list[Path]:
@@ -142,12 +165,9 @@ class Checkpoints:
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and _TAG.fullmatch(path.name))
 
     def _prune(self, newest: Path) -> None:
-        earlier = [path for path in self._all() if path < newest]
-        later = [path for path in self._all() if path > newest]
-        complete = [path for path in earlier if (path / MANIFEST).exists()]
-        kept = complete[len(complete) - self.keep + 1 :]
-        for path in [*earlier, *later]:
-            if path not in kept:
+        line = [path for path in self._complete() if path <= newest]
+        for path in self._all():
+            if path not in line[-self.keep :]:
                 shutil.rmtree(path)
         sync_folder(self.folder)
 

@@ -36,7 +36,7 @@ def report(trainer: Trainer, outcome: Outcome) -> RunSummary | None:
         wall_seconds=outcome.seconds,
         output_dir=folder,
         checkpoint=outcome.checkpoint,
-        continue_command=trainer.continue_command(),
+        continue_command=trainer.continue_command(outcome.step),
         pictures=pictures,
         generated=generated,
     )

@@ -135,9 +135,9 @@ class Trainer:
         dist.all_reduce(total)
         return float(total) / (self.valid_batches.accumulation_steps * self.world_size)
 
-    def continue_command(self) -> str:
-        """The command that trains twice as long from the newest checkpoint."""
-        steps = 2 * self.config.train.steps
+    def continue_command(self, step: int) -> str:
+        """The command that trains twice as long from the checkpoint of optimizer step `step`."""
+        steps = 2 * max(step, self.config.train.steps)
         settings = {"remoe.train.steps": str(steps)}
         if "total_num_steps" in self.run.deepspeed.get("scheduler", {}).get("params", {}):
             settings["scheduler.params.total_num_steps"] = str(steps)
