@@ -73,12 +73,12 @@ def compare(config: Path, overrides: Sequence[str], seeds: Sequence[int], folder
 def table(comparisons: Sequence[Comparison]) -> Table:
     """The comparison for a terminal."""
     result = Table(title="valid loss at equal measured training FLOPs", title_justify="left")
-    for name in ("seed", "ReMoE steps", "PFLOP", "valid loss", "TopK steps", "PFLOP", "valid loss", "gain"):
+    for name in ("seed", "ReMoE steps", "TFLOP", "valid loss", "TopK steps", "TFLOP", "valid loss", "gain"):
         result.add_column(name, justify="right")
     for row in comparisons:
         cells = [str(row.remoe.seed)]
         for run in (row.remoe, row.topk):
-            cells += [str(run.steps), f"{run.pflops:.3f}", f"{run.valid_loss:.4f}"]
+            cells += [str(run.steps), f"{1000 * run.pflops:.2f}", f"{run.valid_loss:.4f}"]
         result.add_row(*cells, f"{row.gain:+.4f}")
     return result
 
