@@ -212,7 +212,7 @@ def bench_quality(arguments: argparse.Namespace) -> int:
         )
     console.print(quality.table(rows))
     if output is not None:
-        command = ["bench", "quality", arguments.file, *(f"--set={text}" for text in arguments.overrides)]
+        command = ["ds-remoe", "bench", "quality", arguments.file, *(f"--set={text}" for text in arguments.overrides)]
         command += ["--seeds", *map(str, arguments.seeds), "--jobs", str(arguments.jobs)]
         write_results(output, quality.WHAT, command, quality.figures(rows))
         console.print(f"written: {output}", highlight=False)

@@ -25,8 +25,10 @@ def test_the_quickstart_trains_reports_and_knows_when_it_is_done(tmp_path: Path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     for expected in ("step 12/12", "Valid loss", "Sparsity", "target 0.8750", "the model writes", "Train on:"):
         assert expected in first.stdout, first.stdout[-4000:]
+    lines = first.stdout.splitlines()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 12
+    assert lines[lines.index("Train on:") + 1] == summary["continue_command"], "a copied line must run as it stands"
     assert len(summary["generated"]) >= 3
     for picture in summary["pictures"]:
         assert Path(picture).read_bytes().startswith(b"\x89PNG")

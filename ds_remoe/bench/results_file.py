@@ -32,18 +32,18 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def write_results(path: Path, what: str, arguments: list[str], figures: dict[str, Any]) -> None:
+def write_results(path: Path, what: str, command: list[str], figures: dict[str, Any]) -> None:
     """Write a results file as JSON.
 
     Args:
         path: the file; it must not exist, as a measurement is never overwritten.
         what: one sentence that says what was measured.
-        arguments: of the `ds-remoe` command.
+        command: the command line that measured it.
         figures: the measurements.
     """
     content = {
         "what": what,
-        "command": shlex.join(["ds-remoe", *arguments]),
+        "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "figures": figures,

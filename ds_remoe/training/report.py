@@ -41,7 +41,9 @@ def report(trainer: Trainer, outcome: Outcome) -> RunSummary | None:
         generated=generated,
     )
     summary.save(folder / "summary.json")
-    Console().print(render(summary))
+    console = Console()
+    console.print(render(summary))
+    console.print(f"Train on:\n{summary.continue_command}", soft_wrap=True, highlight=False, markup=False)
     return summary
 
 

@@ -144,7 +144,7 @@ def summarise(
 
 
 def render(summary: RunSummary) -> RenderableType:
-    """The summary for a terminal of 80 columns or more."""
+    """The summary for a terminal of 80 columns or more, without the continue command, which a frame would break."""
     blocks: list[RenderableType] = [_facts(summary)]
     warnings = _warnings(summary)
     if warnings:
@@ -155,8 +155,6 @@ def render(summary: RunSummary) -> RenderableType:
             text = Text.assemble((_printable(prompt), "bold"), (_printable(continuation), "cyan"))
             blocks.append(Padding(text, (1, 0, 0, 2)))
     blocks += [Text(), Rule("what lies where", style="dim", align="left"), Text(), _places(summary)]
-    command = Text(summary.continue_command, style="green")
-    blocks += [Text(), Text("Train on:", style="bold"), Padding(command, (0, 0, 0, 2))]
     title = f"{summary.router} router, {summary.steps:,} steps"
     return Panel(Group(*blocks), title=title, title_align="left", box=box.ROUNDED, padding=(1, 2), width=80)
 
