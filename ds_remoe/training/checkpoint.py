@@ -177,17 +177,14 @@ def _random_state_file() -> str:
 
 
 def _random_state() -> dict[str, Any]:
-    numpy_state = np.random.get_state(legacy=False)
+    numpy_state: Any = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
     return {
         "torch": torch.get_rng_state(),
         "device": get_accelerator().get_rng_state(),
         "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {"key": numpy_state["state"]["key"].tolist(), **_position(numpy_state)}},
+        "numpy": {**numpy_state, "state": {"key": inner["key"].tolist(), "pos": int(inner["pos"])}},
     }
-
-
-def _position(numpy_state: Any) -> dict[str, int]:
-    return {"pos": int(numpy_state["state"]["pos"])}
 
 
 def _restore_random_state(state: dict[str, Any]) -> None:
