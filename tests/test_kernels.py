@@ -34,8 +34,8 @@ def test_twin_against_autograd(rows: int, width: int) -> None:
 
 def compare_with_twin(device: str) -> None:
     """The public functions, which take the Triton kernels here, against the twins."""
-    from ds_remoe.kernels import weighted_swiglu, weighted_swiglu_backward
     from ds_remoe.kernels.backend import use_triton
+    from ds_remoe.kernels.swiglu import weighted_swiglu, weighted_swiglu_backward
 
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         for rows, width in SHAPES:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_remoe.kernels import weighted_swiglu, weighted_swiglu_backward
+from ds_remoe.kernels import grouped_swiglu
+from ds_remoe.kernels.grouped_swiglu import PairGroups
 from ds_remoe.moe.dispatch import Dispatched
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
@@ -165,12 +166,9 @@ class _StackedSwiGLUFunction(torch.autograd.Function):
         counts_L: list[int],
         num_out_rows: int,
     ) -> Tensor:
-        pre_activation = rows.new_empty(len(in_ids), gate_up.shape[1])
         out = torch.zeros(num_out_rows, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
-        for e, (start, end) in _spans(counts_L):
-            torch.mm(rows.index_select(0, in_ids[start:end]), gate_up[e].t(), out=pre_activation[start:end])
-            hidden = weighted_swiglu(pre_activation[start:end], weights_M[start:end])
-            out.index_add_(0, out_ids[start:end], (hidden @ down[e].t()).to(out.dtype))
+        groups = PairGroups(in_ids, out_ids, weights_M, counts_L)
+        pre_activation = grouped_swiglu.forward(rows, groups, gate_up, down, out)
         ctx.save_for_backward(rows, weights_M, gate_up, down, in_ids, out_ids, pre_activation)
         ctx.counts_L = counts_L
         return out.to(rows.dtype)
@@ -178,39 +176,18 @@ class _StackedSwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights_M, gate_up, down, in_ids, out_ids, pre_activation = ctx.saved_tensors
-        grad_out = grads[0]
+        groups = PairGroups(in_ids, out_ids, weights_M, ctx.counts_L)
         grad_rows = torch.zeros(rows.shape, dtype=_sum_dtype(rows), device=rows.device)
-        grad_weights_M = torch.empty_like(weights_M)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for e, count in enumerate(ctx.counts_L):
-            if count == 0:
-                grad_gate_up[e].zero_()
-                grad_down[e].zero_()
-        for e, (start, end) in _spans(ctx.counts_L):
-            span = slice(start, end)
-            grad_y = grad_out.index_select(0, out_ids[span])
-            grad_pre, grad_weights_M[span], hidden = weighted_swiglu_backward(
-                grad_y @ down[e], pre_activation[span], weights_M[span]
-            )
-            torch.mm(grad_y.t(), hidden, out=grad_down[e])
-            torch.mm(grad_pre.t(), rows.index_select(0, in_ids[span]), out=grad_gate_up[e])
-            grad_rows.index_add_(0, in_ids[span], (grad_pre @ gate_up[e]).to(grad_rows.dtype))
+        grad_weights_M = grouped_swiglu.backward(
+            grads[0], rows, groups, gate_up, down, pre_activation, grad_rows, grad_gate_up, grad_down
+        )
         return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None
 
 
 def _sum_dtype(rows: Tensor) -> torch.dtype:
     """Sums over experts are kept in fp32 at least."""
     return torch.promote_types(rows.dtype, torch.float32)
-
-
-def _spans(counts_L: list[int]) -> list[tuple[int, tuple[int, int]]]:
-    """(expert, (first pair, end)) of each expert that has pairs."""
-    spans, start = [], 0
-    for e, count in enumerate(counts_L):
-        if count:
-            spans.append((e, (start, start + count)))
-        start += count
-    return spans
 
 
 class ModuleExperts(nn.ModuleList):
