@@ -76,4 +76,4 @@ def test_an_unknown_kernel_choice_is_refused() -> None:
     environment = {**os.environ, "DS_REMOE_KERNELS": "cuda"}
     program = "import torch; from ds_remoe.kernels.backend import use_triton; use_triton(torch.ones(1))"
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "DS_REMOE_KERNELS = 'cuda': must be 'triton' or 'torch'" in result.stderr
+    assert "DS_REMOE_KERNELS = 'cuda': must be 'auto' or 'torch'" in result.stderr

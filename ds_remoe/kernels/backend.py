@@ -15,14 +15,24 @@ def use_triton(tensor: Tensor) -> bool:
 
     fp64 goes to the twin, which is exact; DS_REMOE_KERNELS=torch takes the twins everywhere.
     """
-    if tensor.dtype == torch.float64 or tensor.numel() == 0 or not _triton_wanted():
+    if tensor.dtype == torch.float64 or tensor.numel() == 0 or not kernels_wanted():
         return False
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
 
 
 @functools.cache
-def _triton_wanted() -> bool:
-    choice = os.environ.get("DS_REMOE_KERNELS", "triton")
-    if choice not in ("triton", "torch"):
-        raise ValueError(f"DS_REMOE_KERNELS = {choice!r}: must be 'triton' or 'torch'")
-    return choice == "triton" and importlib.util.find_spec("triton") is not None
+def kernels_wanted() -> bool:
+    """False where DS_REMOE_KERNELS=torch asks for the plain-torch twins.
+
+    Raises:
+        ValueError: DS_REMOE_KERNELS is something else than "auto" or "torch".
+    """
+    choice = os.environ.get("DS_REMOE_KERNELS", "auto")
+    if choice not in ("auto", "torch"):
+        raise ValueError(f"DS_REMOE_KERNELS = {choice!r}: must be 'auto' or 'torch'")
+    return choice == "auto"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

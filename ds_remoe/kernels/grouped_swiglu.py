@@ -7,38 +7,16 @@ kernel on the CPU, and the plain-torch twin, against which both are tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ds_remoe.kernels import grouped_swiglu_cpu
+from ds_remoe.kernels.backend import use_triton
+from ds_remoe.kernels.pair_groups import PairGroups
 from ds_remoe.kernels.swiglu import weighted_swiglu, weighted_swiglu_backward
-
-
-@dataclass(frozen=True)
-class PairGroups:
-    """Active (row, local expert) pairs, grouped by expert.
-
-    Attributes:
-        in_row_ids_M: integer, row of `rows` of each pair.
-        out_row_ids_M: integer, row of the result of each pair.
-        weights_M: routing weights, fp32 or wider.
-        counts_L: pairs of each local expert, on the host; their sum is M.
-    """
-
-    in_row_ids_M: Tensor
-    out_row_ids_M: Tensor
-    weights_M: Tensor
-    counts_L: list[int]
-
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """(expert, its pairs) of each expert that has pairs."""
-        start = 0
-        for expert, count in enumerate(self.counts_L):
-            if count:
-                yield expert, slice(start, start + count)
-            start += count
 
 
 def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
@@ -54,7 +32,20 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
     Returns:
         pre_activation [M, 2H] in the dtype of `rows`, which `backward` takes.
     """
+    kernel = _kernel(rows, groups)
+    if kernel is not None:
+        pre_activation: Tensor = kernel.forward(rows, groups, gate_up, down, out)
+        return pre_activation
     return torch_forward(rows, groups, gate_up, down, out)
+
+
+def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
+    """The pre-activation alone, the same bits as `forward` returns: [M, 2H]."""
+    kernel = _kernel(rows, groups)
+    if kernel is not None:
+        pre_activation: Tensor = kernel.up_projection(rows, groups, gate_up)
+        return pre_activation
+    return torch_up_projection(rows, groups, gate_up)
 
 
 def backward(
@@ -81,18 +72,42 @@ def backward(
     Returns:
         gradient of the routing weights, [M].
     """
-    return torch_backward(
-        grad_out, rows, groups, gate_up, down, pre_activation, grad_rows, grad_gate_up, grad_down, accumulate
-    )
+    arguments = (grad_out, rows, groups, gate_up, down, pre_activation, grad_rows, grad_gate_up, grad_down, accumulate)
+    kernel = _kernel(rows, groups)
+    if kernel is not None:
+        grad_weights_M: Tensor = kernel.backward(*arguments)
+        return grad_weights_M
+    return torch_backward(*arguments)
+
+
+def _kernel(rows: Tensor, groups: PairGroups) -> ModuleType | None:
+    """The implementation that serves these tensors; None for the twin."""
+    if use_triton(rows):
+        return _triton()
+    return grouped_swiglu_cpu if grouped_swiglu_cpu.serves(rows, groups) else None
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    from ds_remoe.kernels import grouped_swiglu_triton
+
+    return grouped_swiglu_triton
 
 
 def torch_forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
     """The plain-torch twin: one GEMM per expert and projection."""
+    pre_activation = torch_up_projection(rows, groups, gate_up)
+    for e, span in groups.spans():
+        hidden = weighted_swiglu(pre_activation[span], groups.weights_M[span])
+        out.index_add_(0, groups.out_row_ids_M[span], (hidden @ down[e].t()).to(out.dtype))
+    return pre_activation
+
+
+def torch_up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
+    """The plain-torch twin."""
     pre_activation = rows.new_empty(len(groups.in_row_ids_M), gate_up.shape[1])
     for e, span in groups.spans():
         torch.mm(rows.index_select(0, groups.in_row_ids_M[span]), gate_up[e].t(), out=pre_activation[span])
-        hidden = weighted_swiglu(pre_activation[span], groups.weights_M[span])
-        out.index_add_(0, groups.out_row_ids_M[span], (hidden @ down[e].t()).to(out.dtype))
     return pre_activation
 
 

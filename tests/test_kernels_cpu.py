@@ -1,0 +1,137 @@
+"""The C++ kernel against the plain-torch twin, its build, and what serves where it cannot be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ds_remoe.kernels import grouped_swiglu, grouped_swiglu_cpu
+from ds_remoe.kernels.cpu_library import load_cpu_library
+from ds_remoe.kernels.pair_groups import PairGroups
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> None:
+    assert load_cpu_library(), "this machine has no working C++ compiler"
+
+
+def all_gradients(module: object, case: tuple[Tensor, ...], counts: list[int], accumulate: bool) -> list[Tensor]:
+    """Forward and backward of one implementation; gradients start at 1 so that accumulation shows."""
+    rows, in_ids, out_ids, weights, gate_up, down, grad_out = case
+    groups = PairGroups(in_ids, out_ids, weights, counts)
+    prefix = "torch_" if module is grouped_swiglu else ""
+    out = torch.ones(grad_out.shape, dtype=rows.dtype)
+    pre = getattr(module, f"{prefix}forward")(rows, groups, gate_up, down, out)
+    again = getattr(module, f"{prefix}up_projection")(rows, groups, gate_up)
+    assert torch.equal(pre, again)
+    grad_rows, grad_gate_up, grad_down = torch.ones_like(rows), torch.ones_like(gate_up), torch.ones_like(down)
+    grad_weights = getattr(module, f"{prefix}backward")(
+        grad_out, rows, groups, gate_up, down, pre, grad_rows, grad_gate_up, grad_down, accumulate
+    )
+    return [out, pre, grad_rows, grad_gate_up, grad_down, grad_weights]
+
+
+def make_case(counts: list[int], num_rows: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(sum(counts) + hidden)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    pairs = sum(counts)
+    in_ids = torch.randint(num_rows, (pairs,), generator=generator)
+    out_ids = torch.randint(num_rows + 2, (pairs,), generator=generator)
+    weights = torch.rand(pairs, generator=generator, dtype=dtype)
+    experts = len(counts)
+    return (
+        normal(num_rows, hidden),
+        in_ids,
+        out_ids,
+        weights,
+        normal(experts, 2 * width, hidden) / hidden**0.5,
+        normal(experts, hidden, width) / width**0.5,
+        normal(num_rows + 2, hidden),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 2, 7, 30]), min_size=1, max_size=9),
+    num_rows=st.integers(1, 20),
+    hidden=st.integers(1, 19),
+    width=st.integers(1, 19),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    accumulate=st.booleans(),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_kernel_against_its_twin(
+    counts: list[int], num_rows: int, hidden: int, width: int, dtype: torch.dtype, accumulate: bool, threads: int
+) -> None:
+    case = make_case(counts, num_rows, hidden, width, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = all_gradients(grouped_swiglu_cpu, case, counts, accumulate)
+    finally:
+        torch.set_num_threads(before)
+    expected = all_gradients(grouped_swiglu, case, counts, accumulate)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+
+
+@pytest.mark.parametrize("counts", [[1300, 3, 0, 17], [600, 600, 600, 600, 5]])
+def test_experts_of_several_blocks_and_the_same_bits_each_time(counts: list[int]) -> None:
+    case = make_case(counts, 700, 24, 40, torch.float64)
+    got = all_gradients(grouped_swiglu_cpu, case, counts, False)
+    for one, other in zip(got, all_gradients(grouped_swiglu, case, counts, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    for one, other in zip(got, all_gradients(grouped_swiglu_cpu, case, counts, False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_kernel_serves_this_machine() -> None:
+    counts = [2, 0, 3]
+    rows, in_ids, out_ids, weights, *_ = make_case(counts, 4, 3, 2, torch.float32)
+    groups = PairGroups(in_ids, out_ids, weights, counts)
+    assert grouped_swiglu_cpu.serves(rows, groups)
+    assert not grouped_swiglu_cpu.serves(rows.bfloat16(), groups)
+
+
+def run_without(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = """
+import torch
+from ds_remoe.kernels import grouped_swiglu
+from ds_remoe.kernels.pair_groups import PairGroups
+ids = torch.tensor([0, 1])
+out = torch.zeros(2, 3)
+groups = PairGroups(ids, ids, torch.ones(2), [2])
+grouped_swiglu.forward(torch.ones(2, 3), groups, torch.ones(1, 4, 3), torch.ones(1, 3, 2), out)
+print(out.sum().item(), hasattr(torch.ops.ds_remoe, "grouped_swiglu"))
+"""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+
+
+def test_without_a_compiler_the_twin_serves_and_says_so_once(tmp_path: Path) -> None:
+    result = run_without(tmp_path, CXX="no-such-compiler")
+    assert result.stdout.split()[1] == "False"
+    assert result.stderr.count("no C++ compiler `no-such-compiler`; install g++") == 1
+    broken = run_without(tmp_path, CXX="c++ --no-such-option")
+    assert "the CPU kernels are not available" in broken.stderr
+    assert broken.stdout == result.stdout
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_the_torch_twins_on_request(tmp_path: Path) -> None:
+    result = run_without(tmp_path, DS_REMOE_KERNELS="torch")
+    assert result.stdout.split()[1] == "False"
+    assert result.stderr == ""
