@@ -83,15 +83,15 @@ def backward(
 def _kernel(rows: Tensor, groups: PairGroups) -> ModuleType | None:
     """The implementation that serves these tensors; None for the twin."""
     if use_triton(rows):
-        return _triton()
+        return _gpu()
     return grouped_swiglu_cpu if grouped_swiglu_cpu.serves(rows, groups) else None
 
 
 @functools.cache
-def _triton() -> ModuleType:
-    from ds_remoe.kernels import grouped_swiglu_triton
+def _gpu() -> ModuleType:
+    from ds_remoe.kernels import grouped_swiglu_gpu
 
-    return grouped_swiglu_triton
+    return grouped_swiglu_gpu
 
 
 def torch_forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:

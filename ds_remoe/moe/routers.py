@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.moe.routing import Routing
-from ds_remoe.moe.sparsity import SparsitySlot
+from ds_remoe.moe.sparsity import SparsitySlot, at_least_one
 from ds_remoe.moe.statistics import StatisticsSlot
 
 
@@ -30,10 +29,10 @@ class Router(nn.Module):
         self.statistics = StatisticsSlot()
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """x W in fp32 (fp64 for fp64 input), whatever the dtype of the weights: [T, E]."""
+        """x W in fp32 (fp64 for fp64 input), whatever the dtype of the weights: [E, T], contiguous."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(dtype), self.wg.weight.to(dtype))
+            return torch.mm(self.wg.weight.to(dtype), x_TD.to(dtype).t())
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route tokens.
@@ -57,11 +56,8 @@ class ReLURouter(Router):
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route by ReLU; the auxiliary loss is this layer's share of λ·L_reg (6, 9, 10)."""
-        weights_TE = F.relu(self.logits(x_TD))
-        if used_token_T is not None:
-            weights_TE = weights_TE * (used_token_T.reshape(-1, 1) != 0)
-        routing = Routing.from_mask(weights_TE, weights_TE > 0)
-        weight_sums_E, tokens = weights_TE.sum(dim=0), _count_tokens(x_TD, used_token_T)
+        routing, weight_sums_E = Routing.from_relu_(self.logits(x_TD), used_token_T)
+        tokens = _count_tokens(x_TD, used_token_T)
         aux_loss, regulariser = self.control.loss(weight_sums_E, routing.counts_E, tokens, self.k, self.training)
         if self.training:
             self.statistics.add(routing.counts_E, weight_sums_E, regulariser, tokens)
@@ -81,25 +77,24 @@ class TopKRouter(Router):
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route to the k experts of the largest probability."""
-        probs_TE = torch.softmax(self.logits(x_TD), dim=-1)
-        chosen_Tk = probs_TE.topk(self.k, dim=-1, sorted=False).indices
-        mask_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, chosen_Tk, True)
+        probs_ET = torch.softmax(self.logits(x_TD), dim=0)
+        chosen_kT = probs_ET.topk(self.k, dim=0, sorted=False).indices
+        mask_ET = torch.zeros_like(probs_ET, dtype=torch.bool).scatter_(0, chosen_kT, True)
+        used_ET = probs_ET
         if used_token_T is not None:
-            mask_TE = mask_TE & (used_token_T.reshape(-1, 1) != 0)
-        routing = Routing.from_mask(probs_TE, mask_TE)
+            used_T = used_token_T.reshape(-1) != 0
+            mask_ET, used_ET = mask_ET & used_T, probs_ET * used_T
+        routing = Routing.from_mask(probs_ET.t(), mask_ET.t())
         tokens = _count_tokens(x_TD, used_token_T)
-        counted = tokens.clamp(min=1)
-        share_E = routing.counts_E.to(probs_TE.dtype) / (self.k * counted)
-        used_TE = probs_TE if used_token_T is None else probs_TE * (used_token_T.reshape(-1, 1) != 0)
-        switch_loss = self.num_experts * (share_E * used_TE.sum(dim=0) / counted).sum()
+        counted = at_least_one(tokens)
+        share_E = routing.counts_E.to(probs_ET.dtype) / (self.k * counted)
+        switch_loss = self.num_experts * (share_E * used_ET.sum(dim=1) / counted).sum()
         if self.training:
-            weight_sums_E = (probs_TE.detach() * mask_TE).sum(dim=0)
+            weight_sums_E = (probs_ET.detach() * mask_ET).sum(dim=1)
             self.statistics.add(routing.counts_E, weight_sums_E, switch_loss, tokens)
         return routing, self.aux_loss_coefficient * switch_loss
 
 
-def _count_tokens(x_TD: Tensor, used_token_T: Tensor | None) -> Tensor:
-    """Tokens that are routed, as an int64 scalar that stays on the device."""
-    if used_token_T is None:
-        return torch.full((), x_TD.shape[0], device=x_TD.device)
-    return used_token_T.count_nonzero()
+def _count_tokens(x_TD: Tensor, used_token_T: Tensor | None) -> Tensor | int:
+    """Tokens that are routed: on the host where all are, else an int64 scalar that stays on the device."""
+    return x_TD.shape[0] if used_token_T is None else used_token_T.count_nonzero()

@@ -12,25 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_remoe.kernels import relu_routing
+
 
 @dataclass(frozen=True)
 class Routing:
     """One layer's routing of one micro-batch on this rank; any number of experts a token, none and all included.
 
+    A ReLU routing lies expert-major in memory: its weights_TE and mask_TE are transposed views of [E, T].
+
     Attributes:
         weights_TE: router weights in fp32 or wider, differentiable; only entries under the mask are read.
         mask_TE: bool, True where the pair is active.
         counts_E: int64, active tokens of each expert.
+        block_starts: where the Triton kernels find the pairs (see `ds_remoe.kernels.relu_routing`); None elsewhere.
     """
 
     weights_TE: Tensor
     mask_TE: Tensor
     counts_E: Tensor
+    block_starts: Tensor | None = None
 
     @classmethod
     def from_mask(cls, weights_TE: Tensor, mask_TE: Tensor) -> Routing:
         """Count the mask and freeze the record."""
         return cls(weights_TE, mask_TE, mask_TE.sum(dim=0))
+
+    @classmethod
+    def from_relu_(cls, logits_ET: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
+        """Route by ReLU(logits), the mask being its positive entries.
+
+        Args:
+            logits_ET: fp32 or fp64, contiguous; overwritten with the weights.
+            used_token_T: where zero or False, the token passes no expert and its weights are 0.
+
+        Returns:
+            The routing, and weight_sums_E, each expert's sum of weights, differentiable.
+        """
+        used_T = None if used_token_T is None else used_token_T.reshape(-1) != 0
+        weights_ET, mask_ET, counts_E, weight_sums_E, block_starts = _Activate.apply(logits_ET, used_T)
+        return cls(weights_ET.t(), mask_ET.t(), counts_E, block_starts), weight_sums_E
 
     def pairs(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
         """List the active pairs, expert-major and by token within an expert.
@@ -41,23 +62,50 @@ class Routing:
         Returns:
             token_ids_N (int64), expert_ids_N (int64), weights_N (differentiable, dtype of weights_TE).
         """
-        pairs_N2 = torch.nonzero_static(self.mask_TE.t(), size=num_pairs)
-        expert_ids_N, token_ids_N = pairs_N2.unbind(1)
-        flat_N = token_ids_N * self.mask_TE.shape[1] + expert_ids_N
-        return token_ids_N, expert_ids_N, _TakeUnique.apply(self.weights_TE, flat_N)
+        pairs: tuple[Tensor, Tensor, Tensor] = _Compact.apply(
+            self.weights_TE.t(), self.mask_TE.t(), self.counts_E, self.block_starts, num_pairs
+        )
+        return pairs
 
 
-class _TakeUnique(torch.autograd.Function):
-    """values.flatten()[index] for an index without repeats: its backward is a plain, deterministic scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index_N: Tensor) -> Tensor:
-        ctx.save_for_backward(index_N)
-        ctx.shape = values.shape
-        return values.reshape(-1).index_select(0, index_N)
+class _Activate(torch.autograd.Function):
+    """`relu_routing.activate_`; keeps the mask, a byte an entry, and no weights."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (index_N,) = ctx.saved_tensors
-        flat = grads[0].new_zeros(ctx.shape.numel())
-        return flat.scatter_(0, index_N, grads[0]).view(ctx.shape), None
+    def forward(ctx: Any, logits_ET: Tensor, used_T: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = relu_routing.activate_(logits_ET, used_T)
+        ctx.mark_dirty(logits_ET)
+        ctx.mark_non_differentiable(*(t for t in (found.mask_ET, found.counts_E, found.block_starts) if t is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(found.mask_ET)
+        return logits_ET, found.mask_ET, found.counts_E, found.weight_sums_E, found.block_starts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        (mask_ET,) = ctx.saved_tensors
+        return relu_routing.activate_backward(grads[0], grads[3], mask_ET), None
+
+
+class _Compact(torch.autograd.Function):
+    """`relu_routing.compact`; keeps what finds the pairs again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights_ET: Tensor,
+        mask_ET: Tensor,
+        counts_E: Tensor,
+        block_starts: Tensor | None,
+        num_pairs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pairs = relu_routing.compact(weights_ET, mask_ET, counts_E, block_starts, num_pairs)
+        ctx.mark_non_differentiable(pairs.token_ids_N, pairs.expert_ids_N)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask_ET, pairs.positions)
+        return pairs.token_ids_N, pairs.expert_ids_N, pairs.weights_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        mask_ET, positions = ctx.saved_tensors
+        grad = None if grads[2] is None else relu_routing.compact_backward(grads[2], mask_ET, positions)
+        return grad, None, None, None, None

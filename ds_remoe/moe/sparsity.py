@@ -51,14 +51,14 @@ class SparsitySlot:
         self._controller = weakref.ref(controller)
 
     def loss(
-        self, weight_sums_E: Tensor, counts_E: Tensor, tokens: Tensor, k: int, training: bool
+        self, weight_sums_E: Tensor, counts_E: Tensor, tokens: Tensor | int, k: int, training: bool
     ) -> tuple[Tensor, Tensor]:
         """This layer's share of λ·L_reg, and its L_reg.
 
         Args:
             weight_sums_E: Σ_t R(x_t)_e, differentiable.
             counts_E: active tokens of each expert.
-            tokens: T, int64 scalar on the device.
+            tokens: T, on the host or as an int64 scalar on the device.
             k: wanted mean number of active experts a token.
             training: False makes no collective and warns of no missing controller.
 
@@ -84,21 +84,29 @@ class SparsitySlot:
         return scale.to(regulariser.dtype) * regulariser, regulariser.detach()
 
 
-def _regulariser(weight_sums_E: Tensor, counts_E: Tensor, tokens: Tensor, k: int, kind: str, all_ranks: bool) -> Tensor:
+def _regulariser(
+    weight_sums_E: Tensor, counts_E: Tensor, tokens: Tensor | int, k: int, kind: str, all_ranks: bool
+) -> Tensor:
     """(1/T) Σ_t Σ_e f_e R(x_t)_e with f of eq. (11), f² or 1; f over the tokens of all ranks where asked."""
-    tokens = tokens.clamp(min=1)
+    tokens = at_least_one(tokens)
     if kind == "l1":
         return weight_sums_E.sum() / tokens
-    balance_E = counts_E.to(weight_sums_E.dtype)
+    counts_E = counts_E.to(weight_sums_E.dtype)
     scope_tokens = tokens
     if all_ranks and dist.is_initialized():
-        totals = torch.cat([balance_E, tokens.to(balance_E.dtype).reshape(1)])
+        totals = torch.cat([counts_E, counts_E.new_ones(1) * tokens])
         dist.all_reduce(totals)
-        balance_E, scope_tokens = totals[:-1], totals[-1]
-    balance_E = balance_E * (len(counts_E) / k) / scope_tokens
+        counts_E, scope_tokens = totals[:-1], totals[-1]
+    # f_e is counts_E · scale; the scale waits for the sum, where it is a number on the host or at least a scalar.
+    scale = len(counts_E) / k / scope_tokens
     if kind == "l1_load_balanced_squared":
-        balance_E = balance_E.square()
-    return (balance_E * weight_sums_E).sum() / tokens
+        counts_E, scale = counts_E.square(), scale * scale
+    return (counts_E * weight_sums_E).sum() * (scale / tokens)
+
+
+def at_least_one(tokens: Tensor | int) -> Tensor | int:
+    """A number of tokens to divide by."""
+    return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
 
 
 class SparsityController:

@@ -64,11 +64,26 @@ class RoutingReport:
         return sum(layer.aux_loss for layer in self.layers) / len(self.layers)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Views of one layer's row of sums: tokens, (passes,) auxiliary losses, counts and weight sums, in this order."""
+
+    tokens: Tensor
+    aux_loss: Tensor
+    counts_E: Tensor
+    weight_sums_E: Tensor
+
+    @classmethod
+    def of(cls, row: Tensor, num_experts: int) -> _Row:
+        return cls(row[0], row[2], row[3 : 3 + num_experts], row[3 + num_experts : 3 + 2 * num_experts])
+
+
 class RoutingStatistics:
     """Collects what the routers of one model did since the last `reduce`.
 
-    One tensor holds all layers; a router adds to its row without reading anything back. A forward pass that repeats an
-    earlier one inside backward (activation checkpointing) is not counted again.
+    One tensor holds all layers; a router adds to its row without reading anything back, and what the host knows is
+    counted there. A forward pass that repeats an earlier one inside backward (activation checkpointing) is not counted
+    again.
 
     Args:
         experts_per_layer: number of experts of each router, in the model's order.
@@ -77,20 +92,24 @@ class RoutingStatistics:
     def __init__(self, experts_per_layer: Sequence[int]) -> None:
         self.experts_per_layer = tuple(experts_per_layer)
         self._sums: Tensor | None = None
+        self._rows: list[_Row] = []
+        self._host_sums = [[0, 0] for _ in experts_per_layer]
 
     def add(self, layer: int, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: Tensor | int) -> None:
         """Add one micro-batch of one layer; nothing is read from the device."""
         if self._sums is None:
-            self._sums = torch.zeros(
-                len(self.experts_per_layer), self._width, dtype=torch.float64, device=counts_E.device
-            )
-        row = self._sums[layer]
-        num_experts = self.experts_per_layer[layer]
-        row[0] += tokens
-        row[1] += 1
-        row[2] += aux_loss.detach()
-        row[3 : 3 + num_experts] += counts_E
-        row[3 + num_experts : 3 + 2 * num_experts] += weight_sums_E.detach()
+            width = 3 + 2 * max(self.experts_per_layer)
+            self._sums = torch.zeros(len(self.experts_per_layer), width, dtype=torch.float64, device=counts_E.device)
+            self._rows = [_Row.of(*row) for row in zip(self._sums, self.experts_per_layer, strict=True)]
+        row, host_sums = self._rows[layer], self._host_sums[layer]
+        if isinstance(tokens, Tensor):
+            row.tokens.add_(tokens)
+        else:
+            host_sums[0] += tokens
+        host_sums[1] += 1
+        row.aux_loss.add_(aux_loss.detach())
+        row.counts_E.add_(counts_E)
+        row.weight_sums_E.add_(weight_sums_E.detach())
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> RoutingReport | None:
         """Sum over all ranks of `group` (default: the world), reset, and return the report.
@@ -109,7 +128,9 @@ class RoutingStatistics:
                 "ranks cannot agree; run the model in training mode before the optimizer step"
             )
         sums = self._sums.clone()
+        sums[:, :2] += torch.tensor(self._host_sums, dtype=sums.dtype, device=sums.device)
         self._sums.zero_()
+        self._host_sums = [[0, 0] for _ in self.experts_per_layer]
         if distributed and dist.get_world_size(group) > 1:
             dist.all_reduce(sums, group=group)
         rows = zip(sums.tolist(), self.experts_per_layer, strict=True)
@@ -125,10 +146,6 @@ class RoutingStatistics:
             weight_sums=tuple(row[3 + num_experts : 3 + 2 * num_experts]),
             aux_loss=row[2] / row[1],
         )
-
-    @property
-    def _width(self) -> int:
-        return 3 + 2 * max(self.experts_per_layer)
 
 
 class StatisticsSlot:
