@@ -14,9 +14,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import ds_remoe
+from ds_remoe.commands.bench_comm import add_bench_comm
+from ds_remoe.commands.bench_kernels import add_bench_kernels
+from ds_remoe.commands.bench_layer import add_bench_layer
+from ds_remoe.commands.bench_memory import add_bench_memory
 from ds_remoe.commands.bench_quality import add_bench_quality
+from ds_remoe.commands.bench_record import add_bench_record
+from ds_remoe.commands.bench_step import add_bench_step
+from ds_remoe.commands.checkpoint import add_checkpoint_list, add_checkpoint_prune, add_checkpoint_verify
 from ds_remoe.commands.config import add_config_check, add_config_schema
 from ds_remoe.commands.data import add_data_prepare
+from ds_remoe.commands.plan import add_plan
 from ds_remoe.config import ConfigError
 
 if TYPE_CHECKING:
@@ -44,8 +52,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_schema(config)
     data = _add_group(commands, "data", "prepare corpora")
     add_data_prepare(data)
+    checkpoint = _add_group(commands, "checkpoint", "look after a run's checkpoints")
+    add_checkpoint_list(checkpoint)
+    add_checkpoint_verify(checkpoint)
+    add_checkpoint_prune(checkpoint)
+    add_plan(commands)
     bench = _add_group(commands, "bench", "measure on this machine")
     add_bench_quality(bench)
+    add_bench_step(bench)
+    add_bench_layer(bench)
+    add_bench_kernels(bench)
+    add_bench_record(bench)
+    add_bench_comm(bench)
+    add_bench_memory(bench)
     return parser
 
 

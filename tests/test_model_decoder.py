@@ -122,7 +122,7 @@ def test_shared_experts_are_added_beside_the_routed_ones() -> None:
     assert isinstance(layer.mlp, MoE)
     assert not any("shared" in name for name, _ in layer.mlp.named_parameters())
     seen: dict[str, Tensor] = {}
-    layer.mlp.register_forward_hook(lambda *call: seen.update(input=call[1][0], routed=call[2][0]))
+    layer.mlp.deepspeed_moe.register_forward_hook(lambda *call: seen.update(input=call[1][0], routed=call[2][0]))
     layer.shared_mlp.register_forward_hook(lambda *call: seen.update(shared=call[2]))
     layer.mlp_norm.register_forward_pre_hook(lambda *call: seen.update(residual=call[1][0]))
     layer.register_forward_hook(lambda *call: seen.update(out=call[2][0]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +35,9 @@ def expert_of(kind: str) -> nn.Module:
     return (SwiGLU(D, H) if kind == "swiglu" else TanhExpert()).double()
 
 
-def make_layer(kind: str, router: str, ep_size: int) -> MoE:
+def make_layer(kind: str, router: str, ep_size: int, **options: Any) -> MoE:
     torch.manual_seed(0)
-    layer = MoE(D, expert_of(kind), num_experts=E, ep_size=ep_size, k=3, router=router).double()
+    layer = MoE(D, expert_of(kind), num_experts=E, ep_size=ep_size, k=3, router=router, **options).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.weight.copy_(torch.randn(E, D, generator=generator, dtype=torch.float64))
@@ -103,12 +105,12 @@ def globalise(name: str, first_expert: int) -> str:
     return f"{EXPERTS}{int(index) + first_expert}.{rest}"
 
 
-def check_cases(ep_size: int) -> list[str]:
+def check_cases(ep_size: int, **options: Any) -> list[str]:
     """All experts, routers and routings on this rank; returns the cases that differ, with the error."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     wrong = []
     for kind, router in itertools.product(("swiglu", "tanh"), ("relu", "topk")):
-        layer = make_layer(kind, router, ep_size)
+        layer = make_layer(kind, router, ep_size, **options)
         layer.set_deepspeed_parallelism()
         first = (rank % ep_size) * layer.num_local_experts
         full = make_layer_state(layer, first, ep_size)
@@ -137,7 +139,7 @@ def check_cases(ep_size: int) -> list[str]:
             for name, e in errors.items():
                 size = float(e.abs().max()) if e.numel() else 0.0
                 if not size < 1e-10:
-                    wrong.append(f"rank {rank} ep {ep_size} {kind} {router} {routing} {name}: {size}")
+                    wrong.append(f"rank {rank} ep {ep_size} {options} {kind} {router} {routing} {name}: {size}")
     return wrong
 
 
@@ -152,10 +154,12 @@ def make_layer_state(layer: MoE, first: int, ep_size: int) -> dict[str, Tensor]:
 
 
 def check_ep_sizes() -> list[str]:
-    return [line for ep_size in (1, 2, 4) for line in check_cases(ep_size)]
+    wrong = [line for ep_size in (1, 2, 4) for line in check_cases(ep_size)]
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return [*wrong, *check_cases(4, hierarchical_all_to_all=True)]
 
 
 def test_layer_equals_the_dense_sum() -> None:
-    """On four ranks: all experts on each, two EP groups of two, and one of four."""
+    """On four ranks: all experts on each, two EP groups of two, one of four, and that one as two nodes of two ranks."""
     wrong = [line for lines in run_ranks(check_ep_sizes, 4) for line in lines]
     assert not wrong, "\n".join(wrong)

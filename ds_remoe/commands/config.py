@@ -45,7 +45,7 @@ def _summary(run: RunConfig, world_size: int | None) -> Table:
     from ds_remoe.model.flops import num_active_params, num_params
 
     model, moe, train = run.remoe.model, run.remoe.moe, run.remoe.train
-    vocab_size = _vocab_size(run)
+    vocab_size = read_vocab_size(run)
     table = Table(show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
@@ -71,7 +71,8 @@ def _summary(run: RunConfig, world_size: int | None) -> Table:
     return table
 
 
-def _vocab_size(run: RunConfig) -> int:
+def read_vocab_size(run: RunConfig) -> int:
+    """Tokens of the run's vocabulary, from the tokenizer's file where it has one."""
     from ds_remoe.config.schema import FileTokenizer
 
     tokenizer = run.remoe.data.tokenizer

@@ -20,8 +20,10 @@ from ds_remoe.config.schema import (
     HubSource,
     LoggingConfig,
     ModelConfig,
+    MoEConfig,
     ReMoEConfig,
 )
+from ds_remoe.launch_environment import ranks_per_node
 
 
 def check_run(
@@ -56,6 +58,7 @@ def check_run(
         *checks_engine.check_double_logging(clean, remoe.logging),
         *check_model(remoe.model),
         *check_moe(remoe, world_size),
+        *check_wire(clean, remoe.moe),
         *check_unread(remoe),
         *check_data(remoe.data),
         *check_folders(remoe),
@@ -99,12 +102,38 @@ def check_moe(remoe: ReMoEConfig, world_size: int | None) -> Iterator[ConfigProb
     if world_size is not None and world_size % moe.ep_size:
         remedy = f"must divide the world size {world_size}; set one that does, or launch a multiple of it"
         yield ConfigProblem("remoe.moe.ep_size", moe.ep_size, remedy)
+    yield from _check_exchange(moe)
     if model.d_ffn % moe.granularity:
         remedy = f"must divide the FFN width {model.d_ffn} (remoe.model.ffn_hidden_size), to split each expert evenly"
         yield ConfigProblem("remoe.moe.granularity", moe.granularity, remedy)
     if moe.layer_frequency > model.num_layers:
         remedy = f"more than remoe.model.num_layers = {model.num_layers}, so no layer would be an MoE layer; set less"
         yield ConfigProblem("remoe.moe.layer_frequency", moe.layer_frequency, remedy)
+
+
+def _check_exchange(moe: MoEConfig) -> Iterator[ConfigProblem]:
+    """How tokens travel between ranks, where they do."""
+    if moe.ep_size == 1:
+        remedy = "with ep_size = 1 no token leaves its rank; remove it"
+        if moe.wire_dtype != "auto":
+            yield ConfigProblem("remoe.moe.wire_dtype", moe.wire_dtype, remedy)
+        if moe.hierarchical_all_to_all:
+            yield ConfigProblem("remoe.moe.hierarchical_all_to_all", True, remedy)
+    per_node = ranks_per_node() if moe.hierarchical_all_to_all else None
+    if per_node is not None and per_node % moe.ep_size and moe.ep_size % per_node:
+        remedy = (
+            f"nodes of {per_node} ranks (LOCAL_WORLD_SIZE or LOCAL_SIZE) cut groups of ep_size = {moe.ep_size} "
+            "unevenly; let ep_size divide the ranks of a node or be a multiple of them, or set this to false"
+        )
+        yield ConfigProblem("remoe.moe.hierarchical_all_to_all", True, remedy)
+
+
+def check_wire(clean: Mapping[str, Any], moe: MoEConfig) -> Iterator[ConfigProblem]:
+    """A wire narrower than the activations, not as wide."""
+    for name in ("bf16", "fp16"):
+        if moe.wire_dtype == "bf16" and clean.get(name, {}).get("enabled"):
+            remedy = f"is for fp32 training, but {name}.enabled is true, so tokens have 16 bits already; remove it"
+            yield ConfigProblem("remoe.moe.wire_dtype", moe.wire_dtype, remedy)
 
 
 def check_unread(remoe: ReMoEConfig) -> Iterator[ConfigProblem]:

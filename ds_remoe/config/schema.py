@@ -77,6 +77,17 @@ class MoEConfig(Section):
     """Experts of width d_ffn/G that every token passes besides the routed ones."""
     aux_loss_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the Switch load-balancing loss of each layer; read by router "topk" only."""
+    activation_budget: float | None = Field(default=1.25, ge=0.25)
+    """Experts' pre-activations that exist at a time in a layer, as a multiple of k*G pairs a token; those of the pairs
+    beyond it (the dense stage) are recomputed in backward, at 2/9 of such a pair's FLOPs. null in the file keeps all,
+    as does a number from num_experts/k up."""
+
+    wire_dtype: Literal["auto", "bf16"] = "auto"
+    """In which tokens, results and their gradients cross from rank to rank: as they are, or rounded to bf16 while an
+    fp32 model computes in fp32; a rank's own tokens are never rounded."""
+    hierarchical_all_to_all: bool = False
+    """A token crosses to another node once and is spread there among the ranks that want it, for an ep_size beyond one
+    node; on one node it changes nothing."""
 
     @property
     def total_experts(self) -> int:
@@ -193,6 +204,9 @@ class TrainConfig(Section):
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept; older ones are removed after a newer one is complete."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What follows where a checkpoint cannot be written, as on a full disk: the run ends, or it trains on and tries at
+    the next interval. Where the run's last checkpoint cannot be written, it ends."""
     output_dir: str = Field(min_length=1)
     """The run's folder: checkpoints, metrics.jsonl, pictures, summary, W&B files."""
 

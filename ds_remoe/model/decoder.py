@@ -66,6 +66,9 @@ class DecoderLayer(nn.Module):
             k=moe.active_experts,
             router=moe.router,
             aux_loss_coefficient=moe.aux_loss_coefficient,
+            activation_budget=moe.activation_budget,
+            wire_dtype=moe.wire_dtype,
+            hierarchical_all_to_all=moe.hierarchical_all_to_all,
         )
         if moe.num_shared_experts:
             self.shared_mlp = SwiGLU(model.hidden_size, moe.num_shared_experts * width)
@@ -76,9 +79,7 @@ class DecoderLayer(nn.Module):
         h_BSD = self.mlp_norm(x_BSD)
         if not isinstance(self.mlp, MoE):
             return x_BSD + self.mlp(h_BSD), None
-        y_BSD, aux_loss, _ = self.mlp(h_BSD)
-        if self.shared_mlp is not None:
-            y_BSD = y_BSD + self.shared_mlp(h_BSD)
+        y_BSD, aux_loss, _ = self.mlp(h_BSD, shared_expert=self.shared_mlp)
         return x_BSD + y_BSD, aux_loss
 
 

@@ -16,9 +16,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ds_remoe.kernels import grouped_swiglu
-from ds_remoe.kernels.grouped_swiglu import PairGroups
+from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.moe.budget import PairBudget
+from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu, sum_dtype
 from ds_remoe.moe.dispatch import Dispatched
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
@@ -69,8 +71,12 @@ class StackedSwiGLU(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * ffn_hidden_size, hidden_size, **kwargs))
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_hidden_size, **kwargs))
 
-    def forward(self, dispatched: Dispatched) -> Tensor:
+    def forward(self, dispatched: Dispatched, budget: PairBudget | None = None) -> Tensor:
         """Σ over the active local experts of w · FFN_e(x), for each result row: [num_out_rows, D].
+
+        Args:
+            dispatched: tokens and pairs of this rank.
+            budget: pre-activations to keep for backward at most; those of the pairs beyond it are recomputed.
 
         Raises:
             TypeError: the tokens' dtype is not the experts', and no autocast says what to compute in.
@@ -83,16 +89,10 @@ class StackedSwiGLU(nn.Module):
             rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
         elif rows.dtype != gate_up.dtype:
             raise TypeError(f"hidden_states are {rows.dtype}, but the experts {gate_up.dtype}; cast one of them")
-        return _StackedSwiGLUFunction.apply(
-            rows,
-            dispatched.weights_M,
-            gate_up,
-            down,
-            dispatched.in_row_ids_M,
-            dispatched.out_row_ids_M,
-            dispatched.counts_L,
-            dispatched.num_out_rows,
+        groups = PairGroups(
+            dispatched.in_row_ids_M, dispatched.out_row_ids_M, dispatched.weights_M, dispatched.counts_L
         )
+        return budgeted_swiglu(rows, groups, gate_up, down, dispatched.num_out_rows, budget)
 
     @torch.no_grad()
     def copy_from(self, expert: SwiGLU) -> None:
@@ -151,45 +151,6 @@ class StackedSwiGLU(nn.Module):
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in targets)
 
 
-class _StackedSwiGLUFunction(torch.autograd.Function):
-    """Grouped SwiGLU. Saved for backward: rows, weights, indices and the pre-activation, nothing else of size N."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weights_M: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        in_ids: Tensor,
-        out_ids: Tensor,
-        counts_L: list[int],
-        num_out_rows: int,
-    ) -> Tensor:
-        out = torch.zeros(num_out_rows, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
-        groups = PairGroups(in_ids, out_ids, weights_M, counts_L)
-        pre_activation = grouped_swiglu.forward(rows, groups, gate_up, down, out)
-        ctx.save_for_backward(rows, weights_M, gate_up, down, in_ids, out_ids, pre_activation)
-        ctx.counts_L = counts_L
-        return out.to(rows.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights_M, gate_up, down, in_ids, out_ids, pre_activation = ctx.saved_tensors
-        groups = PairGroups(in_ids, out_ids, weights_M, ctx.counts_L)
-        grad_rows = torch.zeros(rows.shape, dtype=_sum_dtype(rows), device=rows.device)
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        grad_weights_M = grouped_swiglu.backward(
-            grads[0], rows, groups, gate_up, down, pre_activation, grad_rows, grad_gate_up, grad_down
-        )
-        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None
-
-
-def _sum_dtype(rows: Tensor) -> torch.dtype:
-    """Sums over experts are kept in fp32 at least."""
-    return torch.promote_types(rows.dtype, torch.float32)
-
-
 class ModuleExperts(nn.ModuleList):
     """Any expert module, one copy per local expert, weighted after its output.
 
@@ -203,17 +164,26 @@ class ModuleExperts(nn.ModuleList):
     def __init__(self, expert: nn.Module, num_local_experts: int) -> None:
         super().__init__(copy.deepcopy(expert) for _ in range(num_local_experts))
 
-    def forward(self, dispatched: Dispatched) -> Tensor:
-        """Σ over the active local experts of w · expert_e(x), for each result row: [num_out_rows, D]."""
+    def forward(self, dispatched: Dispatched, budget: PairBudget | None = None) -> Tensor:
+        """Σ over the active local experts of w · expert_e(x), for each result row: [num_out_rows, D].
+
+        Args:
+            dispatched: tokens and pairs of this rank.
+            budget: experts, in order, whose pairs no longer fit in budget.pairs are run again in backward instead of
+                keeping their activations. An expert is never cut, as it may look at all its tokens together.
+        """
         rows = dispatched.rows
-        out = torch.zeros(dispatched.num_out_rows, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
-        start = 0
+        out = torch.zeros(dispatched.num_out_rows, rows.shape[1], dtype=sum_dtype(rows), device=rows.device)
+        start = kept = 0
         for expert, count in zip(self, dispatched.counts_L, strict=True):
             span = slice(start, start + count)
             start += count
-            result = expert(rows.index_select(0, dispatched.in_row_ids_M[span]))
-            result = result[0] if isinstance(result, tuple) else result
-            weighted = result * dispatched.weights_M[span].unsqueeze(-1)
+            arguments = expert, rows, dispatched.in_row_ids_M[span], dispatched.weights_M[span]
+            if budget is None or kept + count <= budget.pairs:
+                kept += count
+                weighted = _run_weighted(*arguments)
+            else:
+                weighted = checkpoint(_run_weighted, *arguments, use_reentrant=False)
             out = out.index_add(0, dispatched.out_row_ids_M[span], weighted.to(out.dtype))
         return out.to(rows.dtype)
 
@@ -239,6 +209,12 @@ class ModuleExperts(nn.ModuleList):
         with _seeded(generator.initial_seed(), next(expert.parameters()).device):
             for module in resettable:
                 cast(Any, module).reset_parameters()
+
+
+def _run_weighted(expert: nn.Module, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    result = expert(rows.index_select(0, ids))
+    result = result[0] if isinstance(result, tuple) else result
+    return cast(Tensor, result * weights.unsqueeze(-1))
 
 
 @contextlib.contextmanager

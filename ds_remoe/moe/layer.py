@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
-from ds_remoe.moe.dispatch import combine, dispatch
+from ds_remoe.moe.budget import LEAST_BUDGET, PairBudget
+from ds_remoe.moe.dispatch import NodeGroups, combine, node_groups, start_dispatch
 from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, Router, TopKRouter
 
@@ -23,6 +25,7 @@ _CAPACITY_DEFAULTS: dict[str, Any] = {
     "use_tutel": False,
     "top2_2nd_expert_sampling": True,
 }
+_WIRE_DTYPES = {"auto": None, "bf16": torch.bfloat16}
 
 
 class MoE(DeepSpeedMoE):
@@ -47,6 +50,12 @@ class MoE(DeepSpeedMoE):
             so that experts start different from each other, and the same at any ep_size where the ranks' seeds agree
             and EP groups are consecutive ranks (DeepSpeed's default); "copy" keeps the weights of `expert`, as
             DeepSpeed does.
+        activation_budget: pre-activations of the experts that exist at a time, as a multiple of the k·T pairs of T
+            tokens; those of the pairs beyond it are recomputed in backward (see `ds_remoe.moe.budget`). None keeps all.
+        wire_dtype: in which tokens, results and their gradients cross from rank to rank: "auto", as they are, or
+            "bf16", rounded while everything is computed in the wider dtype. Needs ep_size > 1.
+        hierarchical_all_to_all: a token crosses to another node once, and is spread there; for expert-parallel groups
+            over several nodes. Needs ep_size > 1, and the ranks of a node in LOCAL_WORLD_SIZE or LOCAL_SIZE.
     """
 
     def __init__(
@@ -70,6 +79,9 @@ class MoE(DeepSpeedMoE):
         router: Literal["relu", "topk"] = "relu",
         aux_loss_coefficient: float = 0.01,
         expert_init: Literal["redraw", "copy"] = "redraw",
+        activation_budget: float | None = 1.25,
+        wire_dtype: Literal["auto", "bf16"] = "auto",
+        hierarchical_all_to_all: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         if ep_size < 1 or num_experts % ep_size:
@@ -99,9 +111,22 @@ class MoE(DeepSpeedMoE):
             raise ValueError(f"router = {router!r}: must be 'relu' or 'topk'")
         if expert_init not in ("redraw", "copy"):
             raise ValueError(f"expert_init = {expert_init!r}: must be 'redraw' or 'copy'")
+        if activation_budget is not None and not activation_budget >= LEAST_BUDGET:
+            raise ValueError(
+                f"activation_budget = {activation_budget}: must be at least {LEAST_BUDGET}, the share of the expected "
+                "pairs that go through at once; None keeps every pre-activation"
+            )
         if expert_init == "copy" and any(p.is_meta for p in expert.parameters()):
             raise ValueError("expert_init = 'copy': the expert is on the meta device and has no weights to copy")
-        self.deepspeed_moe = RoutedExperts(gate, _build_experts(expert, hidden_size, self.num_local_experts))
+        if wire_dtype not in _WIRE_DTYPES:
+            raise ValueError(f"wire_dtype = {wire_dtype!r}: must be 'auto' or 'bf16'")
+        if ep_size == 1 and wire_dtype != "auto":
+            raise ValueError(f"wire_dtype = {wire_dtype!r}: with ep_size = 1 no token leaves its rank; use 'auto'")
+        if ep_size == 1 and hierarchical_all_to_all:
+            raise ValueError("hierarchical_all_to_all = True: with ep_size = 1 no token leaves its rank; use False")
+        self.hierarchical_all_to_all = hierarchical_all_to_all
+        experts = _build_experts(expert, hidden_size, self.num_local_experts)
+        self.deepspeed_moe = RoutedExperts(gate, experts, activation_budget, _WIRE_DTYPES[wire_dtype])
         mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
         if expert_init == "redraw":
             # From the global generator, so that the layers of a model differ and equally seeded ranks agree.
@@ -110,24 +135,48 @@ class MoE(DeepSpeedMoE):
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
 
-    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Make or find the process groups; the engine calls this on every rank."""
+        super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+        if self.hierarchical_all_to_all:
+            assert self.deepspeed_moe.ep_group is not None
+            self.deepspeed_moe.nodes = node_groups(self.deepspeed_moe.ep_group)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        shared_expert: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pass tokens through their active experts.
 
         Args:
             hidden_states: [..., D].
             used_token: one entry a token; where zero, the token passes no expert.
+            shared_expert: [..., D] → [..., D], for every token; its result is added to the output. It is computed while
+                tokens are on their way between ranks, and its backward while their gradients are.
 
         Returns:
             output [..., D]; l_aux, the layer's share of the auxiliary loss, coefficient included (fp32 scalar): add
             the layers' values to the loss; exp_counts, int64 [E], active tokens of each expert on this rank.
         """
-        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token)
-        if self.use_residual:
-            dense = self.mlp(hidden_states)
-            dense = dense[0] if isinstance(dense, tuple) else dense
+        dense: Tensor | None = None
+        shared: Tensor | None = None
+
+        def meanwhile() -> None:
+            nonlocal dense, shared
+            if self.use_residual:
+                result = self.mlp(hidden_states)
+                dense = result[0] if isinstance(result, tuple) else result
+            if shared_expert is not None:
+                shared = shared_expert(hidden_states)
+
+        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token, meanwhile)
+        if dense is not None:
             share = F.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * share[..., 0:1] + dense * share[..., 1:]
-        return output, l_aux, exp_counts
+        return output if shared is None else output + shared, l_aux, exp_counts
 
     @torch.no_grad()
     def init_weights(self, std: float, seed: int) -> None:
@@ -146,17 +195,28 @@ class MoE(DeepSpeedMoE):
 class RoutedExperts(nn.Module):
     """Router, dispatch, experts and combine; named so that state dicts read as DeepSpeed's `MOELayer`'s."""
 
-    def __init__(self, gate: Router, experts: Experts) -> None:
+    def __init__(
+        self,
+        gate: Router,
+        experts: Experts,
+        activation_budget: float | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.gate = gate
         self.experts = experts
+        self.activation_budget = activation_budget
+        self.wire_dtype = wire_dtype
         self.ep_group: torch.distributed.ProcessGroup | None = None
+        self.nodes: NodeGroups | None = None
 
     def _set_ep_group(self, group: torch.distributed.ProcessGroup) -> None:
         self.ep_group = group
 
-    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., D] → (output [..., D], auxiliary loss, counts [E])."""
+    def forward(
+        self, hidden_states: Tensor, used_token: Tensor | None = None, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., D] → (output [..., D], auxiliary loss, counts [E]); `meanwhile` runs while tokens are on their way."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing, aux_loss = self.gate(x_TD, used_token)
         if self.ep_group is None and routing.mask_TE.shape[1] != self.experts.num_local_experts:
@@ -164,10 +224,19 @@ class RoutedExperts(nn.Module):
                 f"MoE with ep_size = {routing.mask_TE.shape[1] // self.experts.num_local_experts}: the expert-parallel "
                 "group does not exist yet; call ds_remoe.initialize (or layer.set_deepspeed_parallelism()) first"
             )
-        dispatched = dispatch(x_TD, routing, self.ep_group)
-        out_MD = self.experts.deepspeed_experts(dispatched)
+        finish = start_dispatch(x_TD, routing, self.ep_group, wire_dtype=self.wire_dtype, nodes=self.nodes)
+        if meanwhile is not None:
+            meanwhile()
+        dispatched = finish()
+        out_MD = self.experts.deepspeed_experts(dispatched, self._budget(x_TD))
         output = combine(out_MD, dispatched.plan, x_TD.shape[0])
         return output.view(hidden_states.shape), aux_loss, routing.counts_E
+
+    def _budget(self, x_TD: Tensor) -> PairBudget | None:
+        if self.activation_budget is None:
+            return None
+        # With expert parallelism each rank has as many tokens as this one, so k·T pairs are an even share.
+        return PairBudget.of(self.activation_budget, expected_pairs=self.gate.k * x_TD.shape[0])
 
 
 class Experts(nn.Module):

@@ -20,6 +20,9 @@ from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 
 from ds_remoe.deepspeed_compat import set_subgroup_timeout, use_gloo_only
+from ds_remoe.kernels.backend import kernels_wanted
+from ds_remoe.kernels.cpu_library import load_cpu_library
+from ds_remoe.training.host_memory import reuse_freed_memory
 from ds_remoe.training.manifest import CheckpointError
 
 
@@ -35,6 +38,9 @@ def start(seed: int) -> torch.device:
     backend = accelerator.communication_backend_name()
     if accelerator._name == "cpu":
         use_gloo_only()
+        reuse_freed_memory()
+        if kernels_wanted():
+            load_cpu_library()  # what takes long the first time happens before the progress bar
         backend = "gloo"
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))

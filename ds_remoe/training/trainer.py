@@ -22,7 +22,7 @@ from ds_remoe.model.decoder import Decoder
 from ds_remoe.model.flops import flops_per_token
 from ds_remoe.training.checkpoint import Checkpoints
 from ds_remoe.training.engine import initialize
-from ds_remoe.training.manifest import Manifest, RunIdentity
+from ds_remoe.training.manifest import CheckpointSaveError, RunIdentity
 from ds_remoe.training.metrics import MetricsLog
 from ds_remoe.training.progress import TrainProgress
 from ds_remoe.training.record import StepRecord
@@ -52,7 +52,9 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _StepLosses:
+class StepLosses:
+    """Means over the micro-batches and ranks of one optimizer step, and whether a rank was asked to stop."""
+
     lm_loss: float
     aux_loss: float
     stop: bool
@@ -96,32 +98,68 @@ class Trainer:
             resume: "auto", "none" or a checkpoint's tag.
 
         Raises:
-            CheckpointError: the checkpoint cannot be continued by this run.
+            CheckpointError: the checkpoint cannot be continued by this run, or one cannot be saved.
         """
         began = time.monotonic()
-        checkpoint = self.checkpoints.choose(resume)
-        manifest: Manifest | None = self.checkpoints.load(self.engine, checkpoint) if checkpoint else None
-        start = manifest.step if manifest else 0
+        choice = self.checkpoints.choose(resume)
+        if choice is not None:
+            self.checkpoints.load(self.engine, choice)
+        checkpoint: Path | None = choice.path if choice else None
+        start = choice.manifest.step if choice else 0
         if checkpoint is not None and start >= self.config.train.steps:
             return Outcome(start, checkpoint, None, False, time.monotonic() - began)
         stopped_by: str | None = None
-        with _Logs(self, start, manifest.wandb_run_id if manifest else None) as logs:
+        with _Logs(self, start, choice.manifest.wandb_run_id if choice else None) as logs:
+            for note in choice.notes if choice else ():
+                logs.progress.message(note)
             if checkpoint is not None:
                 logs.progress.message(f"continuing from {checkpoint}")
             for step in range(start, self.config.train.steps):
-                losses, record = self._step(step)
+                losses, record = self.step(step)
                 logs.write(record)
                 done = record.step == self.config.train.steps
                 stop = losses.stop and not done
                 if done or stop or record.step % self.config.train.save_interval == 0:
-                    logs.sync()
-                    checkpoint = self.checkpoints.save(self.engine, record.step, record.samples, logs.wandb_run_id)
+                    checkpoint = self._save(record, logs, last=done or stop) or checkpoint
                 if stop:
                     stopped_by = self.signals.received or "a signal to another rank"
                     logs.progress.message(f"stopped by {stopped_by} after step {record.step}; saved {checkpoint}")
                     break
         assert checkpoint is not None
         return Outcome(record.step, checkpoint, stopped_by, True, time.monotonic() - began)
+
+    def step(self, step: int) -> tuple[StepLosses, StepRecord]:
+        """One optimizer step, counted from 0, with its evaluation where one is due."""
+        began = time.monotonic()
+        learning_rate = float(self.engine.get_lr()[0])
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for index in range(self.batch.accumulation):
+            inputs, labels = self._batch(self.train_batches, step, index)
+            output = self.engine(inputs, labels)
+            self.engine.backward(output.loss)
+            self.engine.step()
+            sums[0] += output.lm_loss.detach()
+            sums[1] += output.aux_loss.detach()
+        sums[2] = float(self.signals.received is not None)
+        dist.all_reduce(sums)
+        lm_sum, aux_sum, stops = sums.tolist()
+        micro_batches = self.batch.accumulation * self.world_size
+        losses = StepLosses(lm_sum / micro_batches, aux_sum / micro_batches, stops > 0)
+        seconds = time.monotonic() - began
+        due = (step + 1) % self.config.train.eval_interval == 0 or step + 1 == self.config.train.steps
+        valid_loss = self.evaluate() if due else None
+        return losses, self._record(step + 1, losses, learning_rate, seconds, valid_loss)
+
+    def _save(self, record: StepRecord, logs: _Logs, *, last: bool) -> Path | None:
+        """Save after a step; None where that failed and training is to go on."""
+        logs.sync()
+        try:
+            return self.checkpoints.save(self.engine, record.step, record.samples, logs.wandb_run_id)
+        except CheckpointSaveError as error:
+            if last or self.config.train.on_save_error == "stop":
+                raise
+            logs.progress.message(f"{error}\nTraining goes on after step {record.step}")
+            return None
 
     def evaluate(self) -> float:
         """Mean language-model loss over the validation batches, all ranks together, in nats per token."""
@@ -146,34 +184,12 @@ class Trainer:
         path = shlex.quote(str(self.run.path))
         return f"bash launch/train.sh {self.world_size} --config {path} {overrides}"
 
-    def _step(self, step: int) -> tuple[_StepLosses, StepRecord]:
-        """One optimizer step, counted from 0, with its evaluation where one is due."""
-        began = time.monotonic()
-        learning_rate = float(self.engine.get_lr()[0])
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for index in range(self.batch.accumulation):
-            inputs, labels = self._batch(self.train_batches, step, index)
-            output = self.engine(inputs, labels)
-            self.engine.backward(output.loss)
-            self.engine.step()
-            sums[0] += output.lm_loss.detach()
-            sums[1] += output.aux_loss.detach()
-        sums[2] = float(self.signals.received is not None)
-        dist.all_reduce(sums)
-        lm_sum, aux_sum, stops = sums.tolist()
-        micro_batches = self.batch.accumulation * self.world_size
-        losses = _StepLosses(lm_sum / micro_batches, aux_sum / micro_batches, stops > 0)
-        seconds = time.monotonic() - began
-        due = (step + 1) % self.config.train.eval_interval == 0 or step + 1 == self.config.train.steps
-        valid_loss = self.evaluate() if due else None
-        return losses, self._record(step + 1, losses, learning_rate, seconds, valid_loss)
-
     def _batch(self, batches: MicroBatches, step: int, index: int) -> tuple[Tensor, Tensor]:
         tokens = batches.tokens(step, index, self.rank).to(self.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def _record(
-        self, step: int, losses: _StepLosses, learning_rate: float, seconds: float, valid_loss: float | None
+        self, step: int, losses: StepLosses, learning_rate: float, seconds: float, valid_loss: float | None
     ) -> StepRecord:
         routing, controller = self.engine.remoe.report, self.engine.remoe.controller
         config = self.config

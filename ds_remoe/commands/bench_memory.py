@@ -1,0 +1,120 @@
+"""`ds-remoe bench memory`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ds_remoe.commands.arguments import add_run_arguments, positive
+from ds_remoe.config import load_run
+from ds_remoe.config.batch import MICRO
+from ds_remoe.config.problems import MISSING, ConfigError, ConfigProblem
+from ds_remoe.config.schema import TrainedTokenizer
+
+if TYPE_CHECKING:
+    from ds_remoe.bench.memory_rigs import Sizes
+    from ds_remoe.commands.arguments import Commands
+    from ds_remoe.config.load import RunConfig
+
+KINDS = ("layer", "model")
+
+
+def add_bench_memory(commands: Commands) -> None:
+    """Parser of `ds-remoe bench memory`."""
+    description = (
+        "Measure the peak activation memory of one MoE layer and of the whole model of a run's file, forward and "
+        "backward, against routing density, with and without remoe.moe.activation_budget, and of DeepSpeed's MOELayer "
+        "with the same routing. One process: all experts of a layer are here (ep_size 1)."
+    )
+    parser = commands.add_parser("memory", help="activation memory against density", description=description)
+    add_run_arguments(parser)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: both")
+    parser.add_argument("--densities", nargs="+", type=_density, metavar="D", help="besides k/E; default: 0.05 to 1")
+    parser.add_argument("--micro-batch", type=positive, metavar="N", help=f"sequences; default: the file's {MICRO}")
+    parser.add_argument("--vocab-size", type=positive, metavar="V", help="default: that of the file's tokenizer")
+    parser.add_argument("--output", metavar="FILE", help="results file to write; it must not exist")
+    parser.add_argument("--picture", metavar="FILE", help="PNG to write")
+    parser.set_defaults(run=bench_memory)
+
+
+def bench_memory(arguments: argparse.Namespace) -> int:
+    """Measure, print the table and the verdict, and write results and picture."""
+    from pathlib import Path
+
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None and output.exists():
+        print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
+        return 2
+    sizes = _sizes(load_run(arguments.file, arguments.overrides, world_size=None), arguments)
+
+    from rich.console import Console
+
+    from ds_remoe.bench import memory
+    from ds_remoe.bench.results_file import write_results
+
+    console, points = Console(), []
+    with console.status("measuring") as status:
+        for point in memory.measure(sizes, arguments.kinds, arguments.densities or memory.DENSITIES):
+            points.append(point)
+            status.update(f"measured {point.kind}, {point.rival}, density {point.density:.3f}")
+    console.print(memory.table(points))
+    stage_three = memory.stage_three_density(sizes)
+    for verdict in memory.judge(points, stage_three):
+        console.print(memory.sentence(verdict), highlight=False)
+    if arguments.picture:
+        from ds_remoe.bench.memory_plot import plot_memory
+
+        experts, dtype = sizes.moe.total_experts, str(sizes.dtype).removeprefix("torch.")
+        title = f"T = {sizes.tokens}, D = {sizes.model.hidden_size}, {experts} experts, {dtype}"
+        console.print(f"drawn: {plot_memory(points, stage_three, Path(arguments.picture), title)}", highlight=False)
+    if output is not None:
+        write_results(output, memory.WHAT, _command(arguments), memory.figures(sizes, points))
+        console.print(f"written: {output}", highlight=False)
+    return 0
+
+
+def _sizes(run: RunConfig, arguments: argparse.Namespace) -> Sizes:
+    import torch
+
+    from ds_remoe.bench.memory_rigs import Sizes
+
+    moe, tokenizer = run.remoe.moe, run.remoe.data.tokenizer
+    micro_batch: int | None = arguments.micro_batch or run.deepspeed.get(MICRO)
+    vocab_size = arguments.vocab_size or (tokenizer.vocab_size if isinstance(tokenizer, TrainedTokenizer) else None)
+    problems = []
+    if moe.router != "relu":
+        remedy = 'only ReLU routing has a density of its own; measure a file with router "relu"'
+        problems.append(ConfigProblem("remoe.moe.router", moe.router, remedy))
+    if micro_batch is None:
+        problems.append(ConfigProblem(MICRO, MISSING, "the file leaves it to the number of ranks; give --micro-batch"))
+    if vocab_size is None and "model" in arguments.kinds:
+        remedy = "the file of a tokenizer that exists does not tell its size; give --vocab-size"
+        problems.append(ConfigProblem("remoe.data.tokenizer.type", tokenizer.type, remedy))
+    if problems or micro_batch is None:
+        raise ConfigError(arguments.file, problems)
+    dtype = torch.float32
+    for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if run.deepspeed.get(name, {}).get("enabled", False):
+            dtype = wanted
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one_rank = moe.model_copy(update={"ep_size": 1})
+    return Sizes(run.remoe.model, one_rank, vocab_size or 1, micro_batch, dtype, device)
+
+
+def _density(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return value
+
+
+def _command(arguments: argparse.Namespace) -> list[str]:
+    command = ["ds-remoe", "bench", "memory", arguments.file, *(f"--set={text}" for text in arguments.overrides)]
+    command += ["--kinds", *arguments.kinds]
+    if arguments.densities:
+        command += ["--densities", *map(str, arguments.densities)]
+    for name in ("micro_batch", "vocab_size"):
+        if getattr(arguments, name):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return command

@@ -1,0 +1,232 @@
+"""Triton kernels of ds_remoe.kernels.exchange."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_remoe.kernels.exchange import Packed, PeerPrefix, Prefix, mask_words
+
+MAX_BLOCK = 2048
+ROWS_AT_ONCE = 512
+
+
+@triton.jit
+def _pack_kernel(
+    x,
+    weights,
+    mask,
+    prefix_rows,
+    prefix_pairs,
+    rows,
+    words,
+    row_tokens,
+    weight_ids,
+    tokens,
+    width,
+    local,
+    row_words,
+    me,
+    peers,
+    x_stride,
+    weights_stride_t,
+    weights_stride_e,
+    mask_stride_t,
+    mask_stride_e,
+    BLOCK: tl.constexpr,
+):
+    """One program a token: its row, weights and masks for every peer that wants it."""
+    token = tl.program_id(0).to(tl.int64)
+    bits = tl.arange(0, 32)
+    for peer in range(peers):
+        place = peer * tokens + token
+        pair = tl.load(prefix_pairs + place).to(tl.int64)
+        if tl.load(prefix_pairs + place + 1) > pair:
+            row = tl.load(prefix_rows + place).to(tl.int64)
+            rows_before_peer = tl.load(prefix_rows + peer * tokens).to(tl.int64)
+            pairs_through_peer = tl.load(prefix_pairs + (peer + 1) * tokens).to(tl.int64)
+            rank = tl.where(peer == peers - 1, me, peer + (peer >= me).to(tl.int32))
+            tl.store(row_tokens + row, token)
+            for word in range(row_words):
+                column = word * 32 + bits
+                expert = rank * local + column
+                inside = column < local
+                active = tl.load(mask + token * mask_stride_t + expert * mask_stride_e, mask=inside, other=0).to(
+                    tl.int32
+                )
+                value = tl.load(
+                    weights + token * weights_stride_t + expert * weights_stride_e, mask=active != 0, other=0.0
+                )
+                position = pair + tl.cumsum(active, axis=0) - active
+                tl.store(
+                    words + position + row_words * rows_before_peer,
+                    value.to(tl.int32, bitcast=True),
+                    mask=active != 0,
+                )
+                tl.store(weight_ids + position, expert.to(tl.int64) * tokens + token, mask=active != 0)
+                tl.store(words + row * row_words + pairs_through_peer + word, tl.sum(active << bits, axis=0))
+                pair += tl.sum(active, axis=0)
+            if peer < peers - 1:
+                for start in range(0, width, BLOCK):
+                    column = start + tl.arange(0, BLOCK)
+                    values = tl.load(x + token * x_stride + column, mask=column < width)
+                    tl.store(rows + row * width + column, values.to(rows.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _count_bits(word):
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _unpack_kernel(
+    words,
+    peer_rows,
+    peer_pairs,
+    expert_starts,
+    row_ids,
+    weights,
+    positions,
+    row_words,
+    peers,
+    BLOCK: tl.constexpr,
+):
+    """One program an expert: it walks through all rows in order and lists those that it has a pair with."""
+    expert = tl.program_id(0)
+    own_word = expert // 32
+    own_bit = expert % 32
+    target = tl.load(expert_starts + expert).to(tl.int64)
+    for peer in range(peers):
+        first_row = tl.load(peer_rows + peer).to(tl.int64)
+        end_row = tl.load(peer_rows + peer + 1).to(tl.int64)
+        pair = tl.load(peer_pairs + peer).to(tl.int64)
+        masks = words + tl.load(peer_pairs + peer + 1).to(tl.int64)
+        for start in range(first_row, end_row, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            inside = row < end_row
+            total = tl.zeros((BLOCK,), dtype=tl.int32)
+            before = tl.zeros((BLOCK,), dtype=tl.int32)
+            mine = tl.zeros((BLOCK,), dtype=tl.int32)
+            for word in range(row_words):
+                value = tl.load(masks + row * row_words + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
+                count = _count_bits(value)
+                below = _count_bits(value & ((tl.full((BLOCK,), 1, tl.uint32) << own_bit) - 1))
+                total += count
+                before += tl.where(word < own_word, count, tl.where(word == own_word, below, 0))
+                mine += tl.where(word == own_word, ((value >> own_bit) & 1).to(tl.int32), 0)
+            position = pair + tl.cumsum(total, axis=0) - total + before
+            place = target + tl.cumsum(mine, axis=0) - mine
+            taken = mine != 0
+            weight = tl.load(words + position + row_words * first_row, mask=taken, other=0)
+            tl.store(row_ids + place, row, mask=taken)
+            tl.store(positions + place, position, mask=taken)
+            tl.store(weights + place, weight.to(tl.float32, bitcast=True), mask=taken)
+            pair += tl.sum(total, axis=0)
+            target += tl.sum(mine, axis=0)
+
+
+@triton.jit
+def _combine_kernel(remote, local, prefix_rows, out, tokens, width, peers, BLOCK: tl.constexpr):
+    """One program a token and block of columns: at most one row of each peer, this rank's own first."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = (peers - 1) * tokens + token
+    row = tl.load(prefix_rows + place).to(tl.int64)
+    remote_rows = tl.load(prefix_rows + (peers - 1) * tokens).to(tl.int64)
+    end = tl.where(tl.load(prefix_rows + place + 1) > row, width, 0)
+    total = tl.load(local + (row - remote_rows) * width + column, mask=column < end, other=0.0).to(tl.float32)
+    for peer in range(peers - 1):
+        place = peer * tokens + token
+        row = tl.load(prefix_rows + place).to(tl.int64)
+        end = tl.where(tl.load(prefix_rows + place + 1) > row, width, 0)
+        total += tl.load(remote + row * width + column, mask=column < end, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def pack(
+    x_TD: Tensor,
+    weights_TE: Tensor,
+    mask_TE: Tensor,
+    prefix: Prefix,
+    me: int,
+    num_rows: int,
+    num_pairs: int,
+    remote_rows: int,
+    wire_dtype: torch.dtype,
+) -> Packed:
+    """See ds_remoe.kernels.exchange.pack."""
+    (tokens, width), local = x_TD.shape, mask_TE.shape[1] // prefix.peers
+    row_words = mask_words(local, torch.int32)
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    rows = torch.empty(remote_rows, width, dtype=wire_dtype, device=x_TD.device)
+    words = torch.empty(num_pairs + num_rows * row_words, dtype=torch.int32, device=x_TD.device)
+    row_tokens_N = torch.empty(num_rows, dtype=torch.int64, device=x_TD.device)
+    weight_ids_K = torch.empty(num_pairs, dtype=torch.int64, device=x_TD.device)
+    _pack_kernel[(tokens,)](
+        x_TD,
+        weights_TE,
+        mask_TE,
+        prefix.rows,
+        prefix.pairs,
+        rows,
+        words,
+        row_tokens_N,
+        weight_ids_K,
+        tokens,
+        width,
+        local,
+        row_words,
+        me,
+        prefix.peers,
+        x_TD.stride(0),
+        *weights_TE.stride(),
+        *mask_TE.stride(),
+        BLOCK=min(MAX_BLOCK, triton.next_power_of_2(width)),
+    )
+    return Packed(rows, words, row_tokens_N, weight_ids_K)
+
+
+def unpack(
+    words: Tensor, arrived: PeerPrefix, expert_starts_L: Tensor, num_pairs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ds_remoe.kernels.exchange.unpack."""
+    experts = len(expert_starts_L)
+    row_ids_M = torch.empty(num_pairs, dtype=torch.int64, device=words.device)
+    positions_M = torch.empty_like(row_ids_M)
+    weights_M = torch.empty(num_pairs, dtype=torch.float32, device=words.device)
+    _unpack_kernel[(experts,)](
+        words,
+        arrived.rows,
+        arrived.pairs,
+        expert_starts_L,
+        row_ids_M,
+        weights_M,
+        positions_M,
+        mask_words(experts, torch.int32),
+        len(arrived.rows) - 1,
+        BLOCK=ROWS_AT_ONCE,
+    )
+    return row_ids_M, weights_M, positions_M
+
+
+def combine_rows(remote: Tensor, local: Tensor, prefix_rows: Tensor, num_tokens: int) -> Tensor:
+    """See ds_remoe.kernels.exchange.combine_rows."""
+    width = local.shape[1]
+    out = torch.empty(num_tokens, width, dtype=local.dtype, device=local.device)
+    block = min(MAX_BLOCK, triton.next_power_of_2(width))
+    _combine_kernel[(num_tokens, triton.cdiv(width, block))](
+        remote.contiguous(),
+        local.contiguous(),
+        prefix_rows,
+        out,
+        num_tokens,
+        width,
+        (len(prefix_rows) - 1) // num_tokens,
+        BLOCK=block,
+    )
+    return out

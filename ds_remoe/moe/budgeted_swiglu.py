@@ -1,0 +1,108 @@
+"""The stacked SwiGLU experts as one differentiable function that keeps no more pre-activations than a budget allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_remoe.kernels import grouped_swiglu
+from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.moe.budget import Chunk, PairBudget, plan_chunks
+
+
+def budgeted_swiglu(
+    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, num_out_rows: int, budget: PairBudget | None
+) -> Tensor:
+    """Σ of w · FFN_e(rows[in]) over the pairs of each result row; an expert without pairs has zero gradients.
+
+    Saved for backward: rows, weights, ids, and the pre-activation [M, 2H], of which the budget takes a part away.
+    The chunks follow from the counts and the budget alone, and a pre-activation comes out the same the second time, so
+    the same step gives the same bits. On the torch path output and gradients are also the same bits as without a
+    budget where no expert has more pairs than a chunk; a cut through an expert changes the shape of its GEMMs and the
+    order of its weight gradient's sum, and they agree to rounding.
+
+    Args:
+        rows: [M_rows, D].
+        groups: the pairs; its weights are differentiable.
+        gate_up: [L, 2H, D].
+        down: [L, D, H].
+        num_out_rows: rows of the result.
+        budget: None keeps everything.
+
+    Returns:
+        [num_out_rows, D] in the dtype of `rows`, summed in fp32 or wider.
+    """
+    result: Tensor = _BudgetedSwiGLU.apply(
+        rows,
+        groups.weights_M,
+        gate_up,
+        down,
+        groups.in_row_ids_M,
+        groups.out_row_ids_M,
+        plan_chunks(groups.counts_L, budget),
+        num_out_rows,
+    )
+    return result
+
+
+class _BudgetedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weights_M: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        in_ids_M: Tensor,
+        out_ids_M: Tensor,
+        chunks: list[Chunk],
+        num_out_rows: int,
+    ) -> Tensor:
+        out = torch.zeros(num_out_rows, rows.shape[1], dtype=sum_dtype(rows), device=rows.device)
+        kept = []
+        for chunk in chunks:
+            pairs = _pairs_of(chunk, in_ids_M, out_ids_M, weights_M)
+            pre_activation = grouped_swiglu.forward(rows, pairs, gate_up[chunk.experts], down[chunk.experts], out)
+            if chunk.keep:
+                kept.append(pre_activation)
+            del pre_activation  # before the next chunk's is made
+        ctx.save_for_backward(rows, weights_M, gate_up, down, in_ids_M, out_ids_M, *kept)
+        ctx.chunks = chunks
+        return out.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights_M, gate_up, down, in_ids_M, out_ids_M, *kept = ctx.saved_tensors
+        waiting = iter(kept)
+        grad_rows = torch.zeros(rows.shape, dtype=sum_dtype(rows), device=rows.device)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_weights_M = torch.empty_like(weights_M)
+        for chunk in ctx.chunks:
+            pairs = _pairs_of(chunk, in_ids_M, out_ids_M, weights_M)
+            w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
+            pre_activation = next(waiting) if chunk.keep else grouped_swiglu.up_projection(rows, pairs, w_up)
+            grad_weights_M[chunk.pairs] = grouped_swiglu.backward(
+                grads[0],
+                rows,
+                pairs,
+                w_up,
+                w_down,
+                pre_activation,
+                grad_rows,
+                grad_gate_up[chunk.experts],
+                grad_down[chunk.experts],
+                accumulate=chunk.continues,
+            )
+            del pre_activation
+        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None
+
+
+def sum_dtype(rows: Tensor) -> torch.dtype:
+    """Sums over experts are kept in fp32 at least."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _pairs_of(chunk: Chunk, in_ids_M: Tensor, out_ids_M: Tensor, weights_M: Tensor) -> PairGroups:
+    return PairGroups(in_ids_M[chunk.pairs], out_ids_M[chunk.pairs], weights_M[chunk.pairs], chunk.counts)

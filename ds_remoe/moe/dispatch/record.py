@@ -1,0 +1,93 @@
+"""The records that dispatch hands on: to the experts what they work on, to combine what it needs to go back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What the experts of this rank work on.
+
+    Attributes:
+        rows: [M_rows, D] token rows.
+        in_row_ids_M: row of `rows` of each pair, grouped by local expert.
+        out_row_ids_M: row of the result of each pair.
+        weights_M: routing weight of each pair, differentiable.
+        counts_L: pairs of each local expert, on the host.
+        num_out_rows: rows of the result.
+        plan: what `combine` needs to send results home; None without expert parallelism.
+    """
+
+    rows: Tensor
+    in_row_ids_M: Tensor
+    out_row_ids_M: Tensor
+    weights_M: Tensor
+    counts_L: list[int]
+    num_out_rows: int
+    plan: ExchangePlan | None
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """The stages that a layer's tokens went through, first to last; their results come back in reverse."""
+
+    stages: tuple[StagePlan, ...]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One exchange over one group.
+
+    Attributes:
+        sizes: on the host.
+        row_tokens_N: int64, home token of each row sent, by peer and token.
+        prefix_rows: int32 [P * T + 1], rows before each (peer, token).
+    """
+
+    sizes: StageSizes
+    row_tokens_N: Tensor
+    prefix_rows: Tensor
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """Sizes of one exchange over one group.
+
+    The lists are in peer order: the other ranks of the group in rank order, then this rank, whose own rows never
+    enter the collective.
+
+    Attributes:
+        send_rows_P / recv_rows_P: rows to and from each peer.
+        send_pairs_P / recv_pairs_P: pairs to and from each peer.
+        num_tokens: T, home tokens.
+        group: where the exchange takes place.
+        wire_dtype: in which rows travel; None for their own.
+    """
+
+    send_rows_P: list[int]
+    recv_rows_P: list[int]
+    send_pairs_P: list[int]
+    recv_pairs_P: list[int]
+    num_tokens: int
+    group: dist.ProcessGroup
+    wire_dtype: torch.dtype | None
+
+    @property
+    def remote_out(self) -> int:
+        """Rows that leave this rank."""
+        return sum(self.send_rows_P[:-1])
+
+    @property
+    def remote_in(self) -> int:
+        """Rows that come from other ranks."""
+        return sum(self.recv_rows_P[:-1])
+
+    @property
+    def arrived_rows(self) -> int:
+        """Rows on this rank after the exchange, its own included."""
+        return sum(self.recv_rows_P)

@@ -1,0 +1,245 @@
+"""The activation budget: exact gradients however the pairs are cut, and no more kept than it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ds_remoe.config import load_run
+from ds_remoe.config.problems import ConfigError
+from ds_remoe.kernels.backend import kernels_wanted
+from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.moe import MoE, SwiGLU
+from ds_remoe.moe.budget import MIN_CHUNK_PAIRS, PairBudget, plan_chunks
+from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
+from ds_remoe.moe.dispatch import Dispatched
+from ds_remoe.moe.experts import ModuleExperts
+
+QUICKSTART = "ds_configs/quickstart.json"
+D, H, ROWS = 6, 5, 23
+COUNTS = {
+    "odd": [7, 3, 11, 1],
+    "one above the budget": [1, 20, 0, 2],
+    "empty experts": [0, 9, 0, 0],
+    "only the last": [0, 0, 0, 23],
+    "no pair": [0, 0, 0, 0],
+}
+BUDGETS = {
+    "tiny": PairBudget(1, 1),
+    "chunk only": PairBudget(4, 4),
+    "medium": PairBudget(12, 5),
+    "one short": PairBudget(21, 20),
+    "none": None,
+}
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    st.integers(1, 30).flatmap(lambda chunk: st.tuples(st.integers(chunk, 90), st.just(chunk))),
+)
+@settings(deadline=None)
+def test_chunks_cover_every_pair_once_and_keep_to_the_budget(counts: list[int], sizes: tuple[int, int]) -> None:
+    budget = PairBudget(*sizes)
+    chunks = plan_chunks(counts, budget)
+    assert [chunk.pairs.start for chunk in chunks] == [0, *(chunk.pairs.stop for chunk in chunks[:-1])]
+    assert chunks[-1].pairs.stop == sum(counts)
+    seen = [0] * len(counts)
+    begun: set[int] = set()
+    for chunk in chunks:
+        experts = range(chunk.experts.start, chunk.experts.stop)
+        assert sum(chunk.counts) == chunk.pairs.stop - chunk.pairs.start
+        assert chunk.continues == bool(begun & set(experts))
+        assert not chunk.continues or len(experts) == 1
+        begun |= set(experts)
+        for expert, count in zip(experts, chunk.counts, strict=True):
+            seen[expert] += count
+    assert seen == counts
+    assert begun == set(range(len(counts))), "an expert's gradients would stay unwritten"
+    if sum(counts) <= budget.pairs:
+        assert len(chunks) == 1
+        assert chunks[0].keep
+    else:
+        assert max(sum(chunk.counts) for chunk in chunks) <= budget.chunk
+        assert sum(sum(chunk.counts) for chunk in chunks if chunk.keep) + budget.chunk <= budget.pairs
+
+
+def test_sizes_of_a_budget() -> None:
+    assert PairBudget.of(1.25, 4096) == PairBudget(5120, 1024)
+    assert PairBudget.of(0.25, 4096) == PairBudget(1024, 1024)
+    assert PairBudget.of(1.25, 1) == PairBudget(MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS)
+
+
+def make_case(counts: list[int]) -> tuple[dict[str, Tensor], PairGroups]:
+    """Leaves in fp64 and the pairs; a row may meet one expert once, and rows of the input are not those of the sum."""
+    generator = torch.Generator().manual_seed(sum(counts))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    ids = [torch.randperm(ROWS, generator=generator)[:count] for count in counts]
+    outs = [torch.randperm(ROWS, generator=generator)[:count] for count in counts]
+    leaves = {
+        "rows": draw(ROWS, D),
+        "weights": draw(sum(counts)),
+        "gate_up": draw(len(counts), 2 * H, D),
+        "down": draw(len(counts), D, H),
+    }
+    return leaves, PairGroups(torch.cat(ids), torch.cat(outs), leaves["weights"], counts)
+
+
+def gradients_of(output: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=output.dtype)
+    found = torch.autograd.grad(output, list(leaves.values()), upstream)
+    return {"output": output.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def run(counts: list[int], budget: PairBudget | None) -> dict[str, Tensor]:
+    leaves, groups = make_case(counts)
+    output = budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, budget)
+    return gradients_of(output, leaves)
+
+
+def dense_sum(counts: list[int]) -> dict[str, Tensor]:
+    leaves, groups = make_case(counts)
+    output = torch.zeros(ROWS, D, dtype=torch.float64) + 0 * sum(leaf.sum() for leaf in leaves.values())
+    for expert, span in groups.spans():
+        gate, up = (leaves["rows"][groups.in_row_ids_M[span]] @ leaves["gate_up"][expert].t()).chunk(2, dim=-1)
+        result = (nn.functional.silu(gate) * up) @ leaves["down"][expert].t() * leaves["weights"][span].unsqueeze(-1)
+        output = output.index_add(0, groups.out_row_ids_M[span], result)
+    return gradients_of(output, leaves)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_any_budget_gives_the_dense_sum_and_its_gradients(name: str) -> None:
+    expected = dense_sum(COUNTS[name])
+    for budget in BUDGETS.values():
+        again = run(COUNTS[name], budget)
+        for what, got in run(COUNTS[name], budget).items():
+            assert (got - expected[what]).abs().sum() < 1e-10, (budget, what)
+            assert torch.equal(got, again[what]), f"{what} differs from one run to the next with {budget}"
+
+
+@pytest.fixture
+def torch_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DS_REMOE_KERNELS", "torch")
+    kernels_wanted.cache_clear()
+    yield
+    kernels_wanted.cache_clear()
+
+
+@pytest.mark.usefixtures("torch_path")
+def test_whole_experts_give_the_same_bits_as_no_budget() -> None:
+    counts = COUNTS["odd"]
+    budget = PairBudget(12, 11)
+    assert len(plan_chunks(counts, budget)) > 1
+    assert not any(chunk.continues for chunk in plan_chunks(counts, budget))
+    for (what, got), expected in zip(run(counts, budget).items(), run(counts, None).values(), strict=True):
+        assert torch.equal(got, expected), what
+
+
+def test_only_the_budget_is_kept() -> None:
+    counts, budget = COUNTS["odd"], BUDGETS["medium"]
+    assert budget is not None
+
+    def saved_pre_activation(budget: PairBudget | None) -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 2 and tensor.shape[1] == 2 * H:
+                sizes.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        leaves, groups = make_case(counts)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, budget)
+        return sum(sizes)
+
+    pair_bytes = 2 * H * 8
+    assert saved_pre_activation(None) == sum(counts) * pair_bytes
+    kept = sum(sum(chunk.counts) for chunk in plan_chunks(counts, budget) if chunk.keep)
+    assert 0 < kept <= budget.pairs - budget.chunk
+    assert saved_pre_activation(budget) == kept * pair_bytes
+
+
+class Bowl(nn.Module):
+    """An expert that looks at all its tokens together, and counts how often it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D, dtype=torch.float64)
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return torch.tanh(self.inner(x)) - (x.mean(dim=0) if len(x) else 0.0)
+
+
+def test_other_modules_run_again_beyond_the_budget() -> None:
+    counts = [7, 3, 11, 0]
+    torch.manual_seed(0)
+    results = []
+    for budget in (None, PairBudget(11, 1)):
+        experts = ModuleExperts(Bowl(), 4)
+        leaves, groups = make_case(counts)
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.fill_(0.3)
+        dispatched = Dispatched(
+            leaves["rows"], groups.in_row_ids_M, groups.out_row_ids_M, leaves["weights"], counts, ROWS, None
+        )
+        parameters = dict(experts.named_parameters())
+        leaves = {"rows": leaves["rows"], "weights": leaves["weights"], **parameters}
+        results.append(gradients_of(experts(dispatched, budget), leaves))
+        assert [expert.passes for expert in experts] == ([1, 1, 2, 1] if budget else [1, 1, 1, 1])
+    for what, expected in results[0].items():
+        assert torch.equal(results[1][what], expected), what
+
+
+def test_the_layer_takes_its_budget_from_its_tokens() -> None:
+    """Tokens of one layer that all pass all experts: saved bytes with the default budget, and without."""
+    tokens, experts, k = 600, 8, 2
+
+    def saved_bytes(budget: float | None) -> int:
+        torch.manual_seed(0)
+        layer = MoE(D, SwiGLU(D, H), num_experts=experts, k=k, activation_budget=budget).eval()
+        with torch.no_grad():
+            layer.deepspeed_moe.gate.wg.weight.fill_(1.0)
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 2 and tensor.shape[1] == 2 * H:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(torch.rand(tokens, D) + 0.1)
+        return sum(storages.values())
+
+    pair_bytes = 2 * H * 4
+    assert saved_bytes(None) == experts * tokens * pair_bytes
+    kept = saved_bytes(1.25)
+    assert 0.8 * k * tokens * pair_bytes < kept <= 1.25 * k * tokens * pair_bytes
+    assert saved_bytes(float(experts)) == experts * tokens * pair_bytes
+
+
+@pytest.mark.parametrize("value", [0.2, -1.0, float("nan")])
+def test_a_layer_refuses_a_budget_below_one_chunk(value: float) -> None:
+    with pytest.raises(ValueError, match=r"activation_budget = .*must be at least 0\.25.*None keeps"):
+        MoE(D, SwiGLU(D, H), num_experts=4, activation_budget=value)
+
+
+def test_the_field_in_a_run_file() -> None:
+    assert load_run(QUICKSTART, world_size=2).remoe.moe.activation_budget == 1.25
+    for text, wanted in (("2", 2.0), ("0.25", 0.25)):
+        run_config = load_run(QUICKSTART, [f"remoe.moe.activation_budget={text}"], world_size=2)
+        assert run_config.remoe.moe.activation_budget == wanted
+    off = load_run(QUICKSTART, ['remoe.moe={"ep_size": 2, "activation_budget": null}'], world_size=2)
+    assert off.remoe.moe.activation_budget is None
+    for value in ("0.1", '"much"', "true"):
+        with pytest.raises(ConfigError, match=r"remoe\.moe\.activation_budget = "):
+            load_run(QUICKSTART, [f"remoe.moe.activation_budget={value}"], world_size=2)
