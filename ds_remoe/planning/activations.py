@@ -1,0 +1,165 @@
+"""What a forward pass keeps for backward, and what a backward pass needs besides, in bytes on one rank.
+
+The formulas follow the modules line by line: `model.decoder`, `model.attention`, `moe.routers`, `moe.dispatch`,
+`moe.budgeted_swiglu`; tests/test_planning.py counts the saved tensors of a real model. T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_remoe.config.schema import ModelConfig, MoEConfig
+from ds_remoe.moe.budget import PairBudget
+from ds_remoe.planning.hardware import Dtype
+from ds_remoe.planning.sizes import moe_layers
+
+FP32, INT64 = 4, 8
+ROUTE_BYTES = INT64 + FP32
+"""What a pair keeps without expert parallelism: its token and its weight."""
+EXCHANGED_PAIR_BYTES, EXCHANGED_ROW_BYTES = 3 * INT64 + FP32, INT64
+"""With it: a pair's place where it departs, and its place, row and weight where it arrives; a row's token."""
+ITEM_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a routing density brings to one rank, in one MoE layer and micro-batch, experts balanced.
+
+    Attributes:
+        density: share of all (token, expert) pairs that are active.
+        tokens: T, of this rank.
+        rows_to_rank: rows that this rank sends to each rank of its group, itself included.
+        pairs: pairs that reach this rank's experts.
+        kept_pairs: of these, with a pre-activation kept for backward, at most.
+        call_pairs: pairs whose temporaries exist together: those of one call on a GPU, of one expert on the CPU.
+    """
+
+    density: float
+    tokens: int
+    rows_to_rank: float
+    pairs: float
+    kept_pairs: float
+    call_pairs: float
+
+    @classmethod
+    def of(cls, moe: MoEConfig, tokens: int, density: float, *, is_cpu: bool = False) -> Load:
+        """The load of `tokens` tokens a rank at a density, k/E once the sparsity has settled.
+
+        A token needs a rank with L experts with probability 1 - (1 - density)^L, its experts taken as independent.
+        """
+        local = moe.total_experts // moe.ep_size
+        rows = tokens * (1 - (1 - density) ** local)
+        pairs = density * moe.total_experts * tokens
+        kept, largest = pairs, pairs / local if is_cpu else pairs
+        if moe.activation_budget is not None:
+            budget = PairBudget.of(moe.activation_budget, moe.active_experts * tokens)
+            if pairs > budget.pairs:
+                kept, largest = budget.pairs - budget.chunk, min(largest, budget.chunk)
+        return cls(density, tokens, rows, pairs, kept, largest)
+
+    @property
+    def recomputed_pairs(self) -> float:
+        """Pairs whose pre-activation is computed a second time, in backward."""
+        return self.pairs - self.kept_pairs
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank.
+
+    Attributes:
+        layers: kept by attention, norms, dense FFNs and the residual stream of all layers.
+        experts: kept by routers, dispatch, routed and shared experts of all layers.
+        head: kept by the last norm, the lm head and the loss.
+        head_gradients: needed besides when backward begins: the gradients of log-probabilities and of logits.
+        workspace: needed besides inside the backward pass of one layer, where the head's bytes are free again.
+    """
+
+    layers: float
+    experts: float
+    head: float
+    head_gradients: float
+    workspace: float
+
+    @property
+    def saved(self) -> float:
+        """What autograd keeps."""
+        return self.layers + self.experts + self.head
+
+    @property
+    def peak(self) -> float:
+        """At the worst moment of backward: at its beginning, or inside a layer."""
+        return self.layers + self.experts + max(self.head + self.head_gradients, self.workspace)
+
+
+def activations(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, load: Load, dtype: Dtype, *, is_cpu: bool = False
+) -> Activations:
+    """Activations of one micro-batch of `load.tokens` tokens.
+
+    Args:
+        load: of one MoE layer; a dense model reads its tokens alone.
+        dtype: of the parameters.
+        is_cpu: torch's CPU kernels keep more than CUDA's for norms and attention.
+    """
+    tokens, item, routed_layers = load.tokens, ITEM_BYTES[dtype], moe_layers(model, moe)
+    dense_layers = model.num_layers - routed_layers
+    norm = _norm(model, tokens, item, is_cpu)
+    attention = _attention(model, tokens, item, is_cpu) + 2 * norm
+    dense = 4 * tokens * model.d_ffn * item
+    routed = _routed(model, moe, load, item, is_cpu)
+    head = norm + tokens * (vocab_size * FP32 + 2 * INT64)
+    head_gradients = 2 * tokens * vocab_size * FP32
+    workspace = _layer_workspace(model, moe, load, item, routed_layers > 0)
+    if not model.activation_checkpointing:
+        layers = attention * model.num_layers + dense * dense_layers
+        return Activations(layers, routed * routed_layers, head, head_gradients, workspace)
+    inputs = model.num_layers * tokens * model.hidden_size * item
+    one_layer = attention + max(routed * bool(routed_layers), dense * bool(dense_layers))
+    return Activations(inputs, 0, head, head_gradients, one_layer + workspace)
+
+
+def _norm(model: ModelConfig, tokens: int, item: int, is_cpu: bool) -> float:
+    """Input and output of an RMSNorm and each row's factor; on the CPU also what it is composed of, in fp32."""
+    kept = 2 * item * model.hidden_size + FP32
+    if is_cpu:
+        kept += model.hidden_size * (FP32 if item == FP32 else 2 * FP32 - item)
+    return tokens * kept
+
+
+def _attention(model: ModelConfig, tokens: int, item: int, is_cpu: bool) -> float:
+    """q, k, v, the scores' output and log-sums; on the CPU also the output in the layout of the last projection."""
+    heads_are_shared = item != FP32 and model.kv_heads < model.num_heads
+    key_value = model.kv_heads * model.head_size if heads_are_shared else model.hidden_size
+    outputs = 2 if is_cpu else 1
+    return tokens * ((1 + outputs) * model.hidden_size * item + 2 * key_value * item + model.num_heads * FP32)
+
+
+def _routed(model: ModelConfig, moe: MoEConfig, load: Load, item: int, is_cpu: bool) -> float:
+    """Router, pairs, rows and pre-activations of an MoE layer, and its shared experts."""
+    width = model.d_ffn // moe.granularity
+    router: float = load.tokens * moe.total_experts  # the mask, a byte an entry
+    if item != FP32:
+        router += (load.tokens + moe.total_experts) * model.hidden_size * FP32
+    if moe.router == "topk":
+        router += load.tokens * (moe.total_experts * FP32 + moe.active_experts * INT64)
+    if moe.ep_size == 1:
+        # CUDA's kernels find the pairs' places again.
+        routes = load.pairs * (ROUTE_BYTES + (INT64 if is_cpu else 0))
+    else:
+        rows = moe.ep_size * load.rows_to_rank * (model.hidden_size * item + EXCHANGED_ROW_BYTES)
+        routes = rows + load.pairs * EXCHANGED_PAIR_BYTES + moe.ep_size * load.tokens * 4
+    shared = 4 * load.tokens * moe.num_shared_experts * width * item
+    return router + routes + load.kept_pairs * 2 * width * item + shared
+
+
+def _layer_workspace(model: ModelConfig, moe: MoEConfig, load: Load, item: int, routed: bool) -> float:
+    """Gradients alive inside one layer's backward pass: of a dense FFN, or of an MoE layer's rows and one call."""
+    if not routed:
+        return load.tokens * (3 * model.d_ffn + model.hidden_size) * item
+    rows = load.tokens if moe.ep_size == 1 else moe.ep_size * load.rows_to_rank
+    width = model.d_ffn // moe.granularity
+    call = load.call_pairs * (3 * width + model.hidden_size) * item
+    if load.recomputed_pairs:
+        call += load.call_pairs * 2 * width * item
+    return rows * model.hidden_size * (FP32 + item) + call
