@@ -63,6 +63,7 @@ def bench_layer(arguments: argparse.Namespace) -> int:
 
     from ds_remoe.bench import layer, layer_bars, layer_report
     from ds_remoe.bench.results_file import write_results
+    from ds_remoe.training.host_memory import reuse_freed_memory
 
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists():
@@ -73,6 +74,8 @@ def bench_layer(arguments: argparse.Namespace) -> int:
     if device.type == "cuda" and not has_cuda:
         print("--device cuda: torch finds no CUDA device; use --device cpu", file=sys.stderr)
         return 2
+    if device.type == "cpu":
+        reuse_freed_memory()  # as in a training process
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))

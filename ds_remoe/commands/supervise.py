@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -129,5 +130,5 @@ def _other_nodes(command: Sequence[str]) -> list[Host]:
 
 def _values(command: Sequence[str], option: str) -> list[str]:
     """Of each `option VALUE` and `option=VALUE` in a command."""
-    values = [value for name, value in zip(command, command[1:], strict=False) if name == option]
+    values = [value for name, value in itertools.pairwise(command) if name == option]
     return values + [text.removeprefix(f"{option}=") for text in command if text.startswith(f"{option}=")]
