@@ -24,7 +24,9 @@ from ds_remoe.commands.bench_step import add_bench_step
 from ds_remoe.commands.checkpoint import add_checkpoint_list, add_checkpoint_prune, add_checkpoint_verify
 from ds_remoe.commands.config import add_config_check, add_config_schema
 from ds_remoe.commands.data import add_data_prepare
+from ds_remoe.commands.doctor import add_doctor
 from ds_remoe.commands.plan import add_plan
+from ds_remoe.commands.supervise import add_supervise
 from ds_remoe.config import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_verify(checkpoint)
     add_checkpoint_prune(checkpoint)
     add_plan(commands)
+    add_supervise(commands)
+    add_doctor(commands)
     bench = _add_group(commands, "bench", "measure on this machine")
     add_bench_quality(bench)
     add_bench_step(bench)

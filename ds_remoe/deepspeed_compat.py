@@ -6,8 +6,10 @@ Other rooms import from here, so that a new DeepSpeed release is one file to che
 from __future__ import annotations
 
 import base64
+import contextlib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -27,12 +29,15 @@ __all__ = [
     "gradients_are_whole",
     "launched_rank",
     "loss_scale",
+    "loss_scale_is_dynamic",
     "mark_expert_parameters",
     "read_config",
     "refresh_learning_rate",
     "replace_stage0_clipping",
     "set_subgroup_timeout",
     "use_gloo_only",
+    "without_update",
+    "zero_norm_veto",
 ]
 
 
@@ -99,6 +104,60 @@ def loss_scale(engine: Any) -> float:
     if scaler is not None:
         return float(scaler.get_scale())
     return float(engine._get_optimizer_loss_scale() or 1.0) if engine.fp16_enabled() else 1.0
+
+
+def loss_scale_is_dynamic(engine: Any) -> bool:
+    """True where overflowing steps are how the engine finds its loss scale."""
+    if engine.torch_autocast_z0_gradscaler is not None:
+        return True
+    return bool(engine.fp16_enabled() and engine.dynamic_loss_scale())
+
+
+@contextlib.contextmanager
+def without_update(engine: Any) -> Iterator[None]:
+    """Let the engine's model step run as after an overflow, its optimizer untouched; for ZeRO stage 0.
+
+    The engine drops the gradients, counts a skipped step and leaves the learning-rate schedule where it is.
+    """
+    optimizer = engine.optimizer
+    kept = {name: vars(optimizer)[name] for name in ("step", "overflow") if name in vars(optimizer)}
+    optimizer.step, optimizer.overflow = lambda *args, **kwargs: None, True
+    try:
+        yield
+    finally:
+        del optimizer.step, optimizer.overflow
+        vars(optimizer).update(kept)
+
+
+@contextlib.contextmanager
+def zero_norm_veto(engine: Any, refuses: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Let `refuses(norm)` turn the model step into an overflow step; for ZeRO stages 1 and 2, whose step measures it.
+
+    Args:
+        engine: whose model step runs inside; its loss scale is not dynamic.
+        refuses: takes the global gradient norm, times the loss scale, as the engine measured it.
+    """
+    optimizer = engine.optimizer
+    measure, checks = optimizer.scaled_global_norm, optimizer.check_grad_overflow
+
+    def scaled_global_norm(*args: Any, **kwargs: Any) -> Tensor:
+        norm: Tensor = measure(*args, **kwargs)
+        if not refuses(norm):
+            return norm
+        # Read next; where it is false a bf16 step takes any norm.
+        optimizer.check_grad_overflow = True
+        return torch.full_like(norm, math.inf)
+
+    optimizer.scaled_global_norm = scaled_global_norm
+    # The step's own check before the norm, an all-reduce and a read from the device, would find nothing more.
+    optimizer.check_grad_overflow = False
+    # A fixed scale is not updated; it would only be logged, whatever was refused, that gradients are not finite.
+    optimizer._update_scale = lambda overflow: None
+    try:
+        yield
+    finally:
+        del optimizer.scaled_global_norm, optimizer._update_scale
+        optimizer.check_grad_overflow = checks
 
 
 def refresh_learning_rate(engine: Any) -> None:

@@ -9,6 +9,8 @@ import sys
 from ds_remoe.config import load_run_or_exit
 from ds_remoe.config.leave import leave
 
+TRAINING_FAILED = 1
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of a rank."""
@@ -27,7 +29,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns the process's exit code: 0, or 2 where configuration or checkpoint cannot be used."""
+    """Train, and return 0.
+
+    The process exits with 2 where configuration or checkpoint cannot be used, and with 1 where training fails.
+    """
     options = parse_arguments(arguments)
     from deepspeed.accelerator import get_accelerator
 
@@ -39,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     from ds_remoe.data.documents import DataError
     from ds_remoe.training import runtime
-    from ds_remoe.training.manifest import CheckpointError
+    from ds_remoe.training.guard import TrainingStoppedError
+    from ds_remoe.training.manifest import CheckpointError, CheckpointSaveError
     from ds_remoe.training.metrics import MetricsError
     from ds_remoe.training.report import report
     from ds_remoe.training.trainer import Trainer
@@ -51,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = trainer.train(options.resume)
         if outcome.trained and outcome.stopped_by is None:
             report(trainer, outcome)
+    except (CheckpointSaveError, TrainingStoppedError) as error:
+        leave(str(error), code=TRAINING_FAILED)
     except (CheckpointError, DataError, MetricsError) as error:
         leave(str(error))
     if not outcome.trained:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from ranks import free_port
 
-from ds_remoe.training.checkpoint import LATEST, Checkpoints
-from ds_remoe.training.manifest import MANIFEST, CheckpointError, Manifest, RunIdentity, write_atomically
-from ds_remoe.training.runtime import lock_folder
+from ds_remoe.training.checkpoint import Checkpoints
+from ds_remoe.training.checkpoint_files import record_file
+from ds_remoe.training.checkpoint_folder import LATEST, inspect
+from ds_remoe.training.manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointSaveError,
+    Manifest,
+    RunIdentity,
+    write_atomically,
+)
+from ds_remoe.training.run_lock import lock_folder
 
 IDENTITY = RunIdentity(
     world_size=4,
@@ -44,9 +57,10 @@ def saved(folder: Path, step: int) -> Path:
     """A complete checkpoint of two small files."""
     target = folder / f"step{step:08d}"
     (target / "sub").mkdir(parents=True)
-    (target / "a.pt").write_bytes(b"12345")
-    (target / "sub" / "b.pt").write_bytes(b"1")
-    files = {"a.pt": 5, "sub/b.pt": 1}
+    files = {}
+    for name in ("a.pt", "sub/b.pt"):
+        torch.save({"step": step, "name": name}, target / name)
+        files[name] = record_file(target / name)
     Manifest(step, step * 32, IDENTITY, "w1", {"torch": "2.13.0"}, files).write(target)
     write_atomically(folder / LATEST, target.name)
     return target
@@ -56,8 +70,9 @@ def test_a_manifest_reads_as_written(tmp_path: Path) -> None:
     target = saved(tmp_path, 7)
     manifest = Manifest.read(target)
     assert (manifest.step, manifest.samples, manifest.identity, manifest.wandb_run_id) == (7, 224, IDENTITY, "w1")
-    manifest.check_files(target)
     manifest.check_identity(IDENTITY, target)
+    assert manifest.files == {name: record_file(target / name) for name in ("a.pt", "sub/b.pt")}
+    assert inspect(target, contents=True).state == "good"
 
 
 @pytest.mark.parametrize(
@@ -99,17 +114,20 @@ def test_all_differences_stand_in_one_message(tmp_path: Path) -> None:
     [
         (lambda t: (t / MANIFEST).unlink(), "its save did not finish"),
         (lambda t: (t / MANIFEST).write_text("{"), "not JSON"),
-        (lambda t: (t / MANIFEST).write_text('{"format": 99}'), "not a manifest of format 1"),
+        (lambda t: (t / MANIFEST).write_text('{"format": 99}'), "not a manifest of format 1 or 2"),
         (lambda t: (t / MANIFEST).write_text('{"format": 1, "step": 1}'), "another release"),
         (lambda t: (t / "a.pt").unlink(), "a.pt: missing"),
-        (lambda t: (t / "sub" / "b.pt").write_bytes(b"22"), "b.pt: 2 bytes, but 1 were saved"),
+        (lambda t: (t / "sub" / "b.pt").write_bytes(b"22"), "b.pt: 2 bytes, but "),
+        (lambda t: (t / "mp_rank_01_model_states.pt").write_bytes(b"22"), "not of this checkpoint"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
     target = saved(tmp_path, 7)
     damage(target)
-    with pytest.raises(CheckpointError, match=message):
-        Manifest.read(target).check_files(target)
+    found = inspect(target, contents=False)
+    assert found.state == ("damaged" if (target / MANIFEST).exists() else "incomplete")
+    assert message in found.problems[0]
+    assert len(found.problems) == 1
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -135,18 +153,53 @@ def test_the_choice_of_a_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="does not exist"):
             checkpoints.choose(tag)
     (tmp_path / "step00000011").mkdir()  # a save that was killed
-    assert checkpoints.choose("auto") == newer
-    assert checkpoints.choose(older.name) == older
+    for resume, expected in (("auto", newer), (older.name, older)):
+        choice = checkpoints.choose(resume)
+        assert choice is not None
+        assert (choice.path, choice.manifest, choice.notes) == (expected, Manifest.read(expected), ())
     with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
         checkpoints.choose("none")
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_a_first_save_that_was_killed_before_the_pointer_is_the_latest(tmp_path: Path) -> None:
+    only = saved(tmp_path, 5)
+    (tmp_path / LATEST).unlink()
+    choice = Checkpoints(tmp_path, IDENTITY, keep=2).choose("auto")
+    assert choice is not None
+    assert choice.path == only
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_manifest_of_format_1_is_read_and_its_limits_are_said(tmp_path: Path) -> None:
+    target = saved(tmp_path, 7)
+    content = json.loads((target / MANIFEST).read_text())
+    del content["sha256"]
+    content |= {"format": 1, "files": {name: record["size"] for name, record in content["files"].items()}}
+    (target / MANIFEST).write_text(json.dumps(content))
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=2)
+    choice = checkpoints.choose("auto")
+    assert choice is not None
+    assert "only sizes could be checked" in choice.notes[0]
+    (target / "a.pt").write_bytes(b"12345")
+    with pytest.raises(CheckpointError, match=r"a\.pt: 5 bytes"):
+        checkpoints.choose("auto")
+
+
 class EngineThatWrites:
-    """Stands where an engine's own files are of no interest."""
+    """Stands where an engine's own files are of no interest; DeepSpeed's writer is real."""
+
+    def __init__(self) -> None:
+        self.checkpoint_engine = TorchCheckpointEngine()
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "shard.pt").write_bytes(b"x" * 9)
+        self.checkpoint_engine.makedirs(f"{folder}/{tag}", exist_ok=True)
+        self.checkpoint_engine.zipfile_serialization = True
+        self.checkpoint_engine.save({"weight": torch.ones(9)}, f"{folder}/{tag}/shard.pt")
+        self._copy_recovery_script(folder)
+
+    def _copy_recovery_script(self, folder: str) -> None:
+        (Path(folder) / "zero_to_fp32.py").write_text("")
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -170,14 +223,32 @@ def test_a_save_keeps_the_newest_of_its_own_line(
     target = Checkpoints(tmp_path, IDENTITY, keep).save(EngineThatWrites(), step, step * 32, None)
     assert sorted(int(path.name[4:]) for path in tmp_path.iterdir() if path.is_dir()) == left
     assert (tmp_path / LATEST).read_text() == target.name
-    Manifest.read(target).check_files(target)
+    assert inspect(target, contents=True).state == "good"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("at", ["Manifest.write", "CheckpointFolder.point_to"])
+def test_a_disk_that_fills_up_at_the_end_of_a_save(tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 5)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"ds_remoe.training.checkpoint.{at}", full)
+        with pytest.raises(CheckpointSaveError, match=r"(?s)step 10 could not .*No space left.*there are step00000005"):
+            Checkpoints(tmp_path, IDENTITY, keep=2).save(EngineThatWrites(), 10, 320, None)
+    assert not (tmp_path / "step00000010").exists()
+    assert (tmp_path / LATEST).read_text() == "step00000005"
+    Checkpoints(tmp_path, IDENTITY, keep=2).save(EngineThatWrites(), 10, 320, None)
+    assert (tmp_path / LATEST).read_text() == "step00000010"
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     first = lock_folder(tmp_path / "run")
     program = f"""
 from pathlib import Path
-from ds_remoe.training.runtime import lock_folder
+from ds_remoe.training.run_lock import lock_folder
 lock_folder(Path({str(tmp_path / "run")!r}))
 """
     second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -196,6 +267,8 @@ def test_an_atomic_write_replaces_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
-    content = json.loads((saved(tmp_path, 3) / MANIFEST).read_text())
-    assert content["format"] == 1
-    assert content["files"] == {"a.pt": 5, "sub/b.pt": 1}
+    target = saved(tmp_path, 3)
+    content = json.loads((target / MANIFEST).read_text())
+    assert content["format"] == 2
+    data = (target / "a.pt").read_bytes()
+    assert content["files"]["a.pt"] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -23,6 +23,7 @@ def summary_of(records: list[StepRecord], router: str = "relu") -> RunSummary:
         records,
         router=router,
         target_sparsity=0.875,
+        dead_after=100,
         wall_seconds=83.2,
         output_dir=Path("runs/q"),
         checkpoint=Path("runs/q/checkpoints/step-300"),

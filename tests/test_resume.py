@@ -169,16 +169,17 @@ def test_a_resume_that_does_not_match_is_refused_once(undisturbed: Run) -> None:
     assert undisturbed.lines() == before
 
 
-def test_files_of_another_step_are_refused(undisturbed: Run) -> None:
-    folder = undisturbed.folder / "checkpoints"
+def test_a_file_of_another_step_is_named_and_the_run_falls_back_to_the_same_line(undisturbed: Run) -> None:
+    before, folder = undisturbed.records(), undisturbed.folder / "checkpoints"
     state = folder / "step00000040" / "mp_rank_00_model_states.pt"
-    kept = state.read_bytes()
     state.write_bytes((folder / "step00000036" / state.name).read_bytes())
-    try:
-        output = undisturbed.finish(code=2)
-    finally:
-        state.write_bytes(kept)
-    assert "step 36, but the manifest says 40" in output or "bytes, but" in output, output[-4000:]
+    refused = undisturbed.finish("--resume", "step00000040", code=2)
+    assert "step00000040 is damaged" in refused, refused[-4000:]
+    output = undisturbed.finish()
+    assert "it is step00000036/mp_rank_00_model_states.pt" in output, output[-4000:]
+    assert "step00000036, the newest good checkpoint, is used instead" in output
+    assert undisturbed.records() == before
+    assert undisturbed.checkpoints() == ["step00000036", "step00000040"]
 
 
 def test_training_on_follows_the_longer_schedule_from_its_first_step(undisturbed: Run) -> None:

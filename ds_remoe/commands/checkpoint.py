@@ -104,19 +104,22 @@ def checkpoint_prune(arguments: argparse.Namespace) -> int:
     """Remove what is not worth keeping."""
     from ds_remoe.training.checkpoint_folder import plan_pruning, prune
     from ds_remoe.training.manifest import CheckpointError
-    from ds_remoe.training.runtime import lock_folder
+    from ds_remoe.training.run_lock import lock_folder
 
     folder: CheckpointFolder = arguments.folder
+    lock = None
     try:
         lock = lock_folder(folder.path.parent)  # a save that is under way looks like one that was killed
         with _progress("checked (MiB)", folder.all()) as advance:
             plan = plan_pruning(folder, arguments.keep, advance)
         if not arguments.dry_run:
             prune(folder, plan)
-        lock.release()
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        if lock is not None:
+            lock.release()
     for path, state in plan.removed:
         print(f"{'would remove' if arguments.dry_run else 'removed'} {path} ({state or 'old'})")
     for path in plan.kept:
@@ -158,7 +161,9 @@ def _table(inspections: Sequence[Inspection], latest: str | None) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("checkpoint", "saved", "size", "ranks", "ep_size", "ZeRO", "dtype", "state", "")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title in ("checkpoint", "saved", "size", "ranks", "ep", "ZeRO", "dtype", "state", ""):
+        table.add_column(title, no_wrap=True, justify="right" if title in ("size", "ranks", "ep", "ZeRO") else "left")
     for found in inspections:
         row = ["", "", "", "", ""]
         if found.manifest is not None:
@@ -172,11 +177,11 @@ def _table(inspections: Sequence[Inspection], latest: str | None) -> Table:
 
 
 def _saved_at(checkpoint: Path) -> str:
-    """When the manifest was written, in local time."""
+    """When the manifest was written, to the minute, in local time."""
     from ds_remoe.training.manifest import MANIFEST
 
-    written = datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime).astimezone()
-    return written.isoformat(sep=" ", timespec="seconds")
+    written = datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime)
+    return written.isoformat(sep=" ", timespec="minutes")
 
 
 def _problems(inspections: Sequence[Inspection], *, damaged_only: bool = False) -> list[str]:

@@ -22,6 +22,7 @@ from ds_remoe.config.schema import (
     ModelConfig,
     MoEConfig,
     ReMoEConfig,
+    TrainConfig,
 )
 from ds_remoe.launch_environment import ranks_per_node
 
@@ -59,6 +60,7 @@ def check_run(
         *check_model(remoe.model),
         *check_moe(remoe, world_size),
         *check_wire(clean, remoe.moe),
+        *check_spike_guard(clean, remoe.train),
         *check_unread(remoe),
         *check_data(remoe.data),
         *check_folders(remoe),
@@ -134,6 +136,14 @@ def check_wire(clean: Mapping[str, Any], moe: MoEConfig) -> Iterator[ConfigProbl
         if moe.wire_dtype == "bf16" and clean.get(name, {}).get("enabled"):
             remedy = f"is for fp32 training, but {name}.enabled is true, so tokens have 16 bits already; remove it"
             yield ConfigProblem("remoe.moe.wire_dtype", moe.wire_dtype, remedy)
+
+
+def check_spike_guard(clean: Mapping[str, Any], train: TrainConfig) -> Iterator[ConfigProblem]:
+    """Spikes are not mistaken for a loss scale that is too large."""
+    fp16 = clean.get("fp16", {})
+    if train.spike_guard is not None and fp16.get("enabled") and fp16.get("loss_scale", 0) == 0:
+        remedy = 'dynamic fp16 loss scaling judges the steps alone; use "bf16", set fp16.loss_scale, or remove it'
+        yield ConfigProblem("remoe.train.spike_guard", train.spike_guard.model_dump(), remedy)
 
 
 def check_unread(remoe: ReMoEConfig) -> Iterator[ConfigProblem]:

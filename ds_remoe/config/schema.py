@@ -189,6 +189,15 @@ class DataConfig(Section):
     """Where tokenizer and token store are kept; each distinct data configuration has a folder of its own in it."""
 
 
+class SpikeGuardConfig(Section):
+    """An optimizer step whose gradient norm stands out is skipped."""
+
+    factor: float = Field(default=3.0, gt=1)
+    """Skip above this multiple of the median norm of the last applied steps."""
+    window: int = Field(default=100, gt=0)
+    """Applied steps that the median is taken of; the guard judges once it has seen as many."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -207,6 +216,13 @@ class TrainConfig(Section):
     on_save_error: Literal["stop", "continue"] = "stop"
     """What follows where a checkpoint cannot be written, as on a full disk: the run ends, or it trains on and tries at
     the next interval. Where the run's last checkpoint cannot be written, it ends."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Optimizer steps in a row that may be skipped, for a loss or gradient that is not finite or for a spike; one more
+    ends the run. Those that dynamic fp16 loss scaling skips do not count."""
+    spike_guard: SpikeGuardConfig | None = None
+    """Skip steps whose gradient norm is far above that of the steps before. Default: only what is not finite."""
+    dead_after: int = Field(default=100, gt=0)
+    """Applied steps without a token after which an expert or MoE layer is called dead, in the logs and the summary."""
     output_dir: str = Field(min_length=1)
     """The run's folder: checkpoints, metrics.jsonl, pictures, summary, W&B files."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 from pydantic import ValidationError
@@ -16,14 +17,31 @@ from ds_remoe.deepspeed_compat import (
     clip_gradients,
     gradients_are_whole,
     loss_scale,
+    loss_scale_is_dynamic,
     read_config,
     replace_stage0_clipping,
+    without_update,
+    zero_norm_veto,
 )
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.sparsity import SparsityController, find_routers
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
+from ds_remoe.training.guard import SkipReason, StepGuard
 
 CLIENT_STATE_KEY = "ds_remoe_sparsity"
+GUARD_KEY = "ds_remoe_step_guard"
+
+
+class Carried(Protocol):
+    """Something whose state checkpoints carry as plain values, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
 
 
 class RoutingState:
@@ -34,6 +52,10 @@ class RoutingState:
         report: routing of the last optimizer step; None before the first, and where nothing was routed.
         grad_norm: global L2 norm of the last step's gradients before clipping, experts included once; None before
             the first step, and where the engine does not measure it.
+        guard: judges each step before it is applied; None leaves that to DeepSpeed. Set it with `guard_steps`.
+        skipped: why the last optimizer step was not applied; None where it was.
+        carried: what checkpoints carry in their client state besides λ, by its key there. A full load restores each
+            whose key the checkpoint has; an older checkpoint starts it anew.
     """
 
     def __init__(self, model: nn.Module, config: SparsityConfig) -> None:
@@ -45,11 +67,17 @@ class RoutingState:
             self._statistics = connect_all((r.statistics, r.num_experts) for r in routers)
         self.report: RoutingReport | None = None
         self.grad_norm: float | None = None
+        self.guard: StepGuard | None = None
+        self.skipped: SkipReason | None = None
+        self.carried: dict[str, Carried] = {}
 
-    def close_step(self, *, applied: bool) -> None:
+    def close_step(self, grad_norm: float | None, skipped: SkipReason | None) -> None:
         """Sum the statistics of an optimizer step over all ranks, and move λ where the step was applied."""
+        self.grad_norm, self.skipped = grad_norm, skipped
+        if self.guard is not None:
+            self.guard.close(grad_norm, skipped)
         if self.controller is not None:
-            self.report = self.controller.step(applied=applied)
+            self.report = self.controller.step(applied=skipped is None)
         elif self._statistics is not None:
             self.report = self._statistics.reduce()
 
@@ -132,6 +160,15 @@ def _sparsity_config(given: str | dict[str, Any] | None) -> SparsityConfig:
         raise ValueError(f"{field} = {first['input']!r}: {first['msg']}") from error
 
 
+def guard_steps(engine: Any, guard: StepGuard) -> None:
+    """Have `guard` judge every optimizer step of an engine that `initialize` made, and its checkpoints carry its state.
+
+    With dynamic fp16 loss scaling DeepSpeed judges alone, as overflows are how it finds the scale.
+    """
+    engine.remoe.guard = guard
+    engine.remoe.carried[GUARD_KEY] = guard
+
+
 def _tie_step(engine: Any, state: RoutingState) -> None:
     """Act around the engine's model step, which runs once for each gradient accumulation boundary."""
     own_clipping = gradients_are_whole(engine)
@@ -142,14 +179,35 @@ def _tie_step(engine: Any, state: RoutingState) -> None:
     @functools.wraps(original)
     def take_model_step(*args: Any, **kwargs: Any) -> Any:
         norm: Tensor | None = None
+        judged: tuple[float | None, SkipReason | None] | None = None
+        guard = state.guard if not loss_scale_is_dynamic(engine) else None
+
+        def refuses(scaled_norm: Tensor) -> bool:
+            nonlocal judged
+            assert guard is not None
+            judged = guard.judge(scaled_norm / engine.optimizer.loss_scale, engine.device)
+            return judged[1] is not None
+
+        step: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if own_clipping:
             norm = clip_gradients(engine.module.parameters(), float(engine.gradient_clipping()), loss_scale(engine))
-        result = original(*args, **kwargs)
+            if guard is not None:
+                judged = guard.judge(norm, engine.device)
+                if judged[1] is not None:
+                    step = without_update(engine)
+        elif guard is not None:
+            step = zero_norm_veto(engine, refuses)
+        with step:
+            result = original(*args, **kwargs)
         if norm is not None:
             engine._global_grad_norm = norm
-        measured = engine.get_global_grad_norm()
-        state.grad_norm = None if measured is None else float(measured)
-        state.close_step(applied=bool(engine.was_step_applied()))
+        if judged is None:
+            measured = engine.get_global_grad_norm()
+            judged = (None if measured is None else float(measured)), None
+        grad_norm, skipped = judged
+        if skipped is None and not engine.was_step_applied():
+            skipped = "overflow" if loss_scale_is_dynamic(engine) else "non_finite"
+        state.close_step(grad_norm, skipped)
         return result
 
     engine._take_model_step = take_model_step
@@ -157,16 +215,16 @@ def _tie_step(engine: Any, state: RoutingState) -> None:
 
 def _tie_checkpoints(engine: Any, state: RoutingState) -> None:
     controller = state.controller
-    if controller is None:
-        return
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     @functools.wraps(save)
     def save_checkpoint(
         save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        with_lambda = {**(client_state or {}), CLIENT_STATE_KEY: controller.state_dict()}
-        return save(save_dir, tag, with_lambda, *args, **kwargs)
+        ours = {key: part.state_dict() for key, part in state.carried.items()}
+        if controller is not None:
+            ours[CLIENT_STATE_KEY] = controller.state_dict()
+        return save(save_dir, tag, {**(client_state or {}), **ours}, *args, **kwargs)
 
     @functools.wraps(load)
     def load_checkpoint(
@@ -187,6 +245,12 @@ def _tie_checkpoints(engine: Any, state: RoutingState) -> None:
             load_module_only,
             custom_load_fn,
         )
+        saved = {key: client_state.pop(key, None) for key in state.carried} if client_state is not None else {}
+        for key, part in state.carried.items():
+            if saved.get(key) is not None and not load_module_only:
+                part.load_state_dict(saved[key])
+        if controller is None:
+            return path, client_state
         sparsity = client_state.pop(CLIENT_STATE_KEY, None) if client_state is not None else None
         if sparsity is not None:
             controller.load_state_dict(sparsity)

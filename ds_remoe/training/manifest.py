@@ -1,19 +1,32 @@
-"""The manifest of a checkpoint: the topology and model it was saved with, written last and atomically."""
+"""The manifest of a checkpoint: its files and the topology and model it was saved with, written last and atomically."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "ds_remoe_manifest.json"
-FORMAT = 1
+TAG = re.compile(r"step(\d{8})")
+FORMAT = 2
+_SIZES_ONLY_FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used as asked; the message says which, why, and what to do."""
+
+
+class CheckpointSaveError(CheckpointError):
+    """A checkpoint could not be saved; nothing half-written is left, and the earlier ones are as they were."""
+
+
+def tag_of(step: int) -> str:
+    """Name of the checkpoint after optimizer step `step`."""
+    return f"step{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,19 @@ class RunIdentity:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """One file as it was saved.
+
+    Attributes:
+        size: in bytes.
+        sha256: of the content, 64 hexadecimal digits; None in a manifest of format 1, which kept sizes only.
+    """
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One complete checkpoint.
 
@@ -54,7 +80,7 @@ class Manifest:
         identity: of the run that saved it.
         wandb_run_id: to continue the same W&B run; None without W&B.
         versions: of ds_remoe, deepspeed and torch.
-        files: size in bytes of each file of the checkpoint, by path relative to it.
+        files: each file of the checkpoint but the manifest, by path relative to it.
     """
 
     step: int
@@ -62,49 +88,52 @@ class Manifest:
     identity: RunIdentity
     wandb_run_id: str | None
     versions: dict[str, str]
-    files: dict[str, int]
+    files: dict[str, FileRecord]
 
     def write(self, folder: Path) -> None:
-        """Put the manifest into a folder whose files are complete; it appears whole or not at all."""
-        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Put the manifest, with a checksum of its own, into a folder whose files are complete; whole or not at all."""
+        content = {"format": FORMAT, **asdict(self)}
+        write_atomically(folder / MANIFEST, json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read and check the form.
 
         Raises:
-            CheckpointError: there is none, or it is not of this format.
+            CheckpointError: there is none, it is damaged, of another format, or of another step than the folder.
         """
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder}: has no {MANIFEST}, so its save did not finish; resume from another one"
-            ) from None
+            raise CheckpointError(f"{folder}: has no {MANIFEST}, so its save did not finish") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
         except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON ({error}); resume from another checkpoint") from None
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise CheckpointError(f"{path}: not a manifest of format {FORMAT}; it was saved by another release")
+            raise CheckpointError(f"{path}: damaged: not JSON ({error})") from None
+        if not isinstance(content, dict) or content.get("format") not in (_SIZES_ONLY_FORMAT, FORMAT):
+            raise CheckpointError(
+                f"{path}: not a manifest of format {_SIZES_ONLY_FORMAT} or {FORMAT}; it is damaged or was saved by "
+                "another release"
+            )
+        if content["format"] == FORMAT and content.pop("sha256", None) != _checksum(content):
+            raise CheckpointError(f"{path}: damaged: its content is not what was saved (SHA-256)")
         try:
-            return cls(**{**content, "identity": RunIdentity(**content["identity"])})
-        except (KeyError, TypeError) as error:
+            manifest = cls._from_json(content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}; it was saved by another release") from None
+        if TAG.fullmatch(folder.name) and tag_of(manifest.step) != folder.name:
+            raise CheckpointError(f"{path}: of another checkpoint: it says step {manifest.step}")
+        return manifest
 
-    def check_files(self, folder: Path) -> None:
-        """Compare the files on the disk with the manifest.
-
-        Raises:
-            CheckpointError: naming the first file that is missing or has another size.
-        """
-        for name, size in self.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing, though the manifest names it; resume from another checkpoint")
-            if path.stat().st_size != size:
-                raise CheckpointError(
-                    f"{path}: {path.stat().st_size} bytes, but {size} were saved; resume from another checkpoint"
-                )
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Manifest:
+        values = {key: value for key, value in content.items() if key != "format"}
+        if content["format"] == _SIZES_ONLY_FORMAT:
+            files = {name: FileRecord(size, None) for name, size in values["files"].items()}
+        else:
+            files = {name: FileRecord(**record) for name, record in values["files"].items()}
+        return cls(**{**values, "identity": RunIdentity(**values["identity"]), "files": files})
 
     def check_identity(self, current: RunIdentity, folder: Path) -> None:
         """Refuse to continue another run's checkpoint.
@@ -133,13 +162,17 @@ class Manifest:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is on the disk, whole, when this returns; a kill leaves the old file or none."""
+    """Write a text file that is on the disk, whole, on return; a kill or an error leaves the old one or none."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -150,3 +183,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's values, however they are laid out in the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -160,6 +160,8 @@ class TrainProgress(JobProgress):
 
     def _status(self, record: StepRecord) -> str:
         parts = [f"loss {record.lm_loss:.3f}"]
+        if record.skipped is not None:
+            parts.append("skipped")
         if record.sparsity is not None:
             target = "" if self._target is None else f"/{self._target:.3f}"
             parts.append(f"S {record.sparsity:.3f}{target}")

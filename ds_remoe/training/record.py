@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -59,6 +59,13 @@ class StepRecord:
     """Wall time of the step, without evaluation and checkpoints."""
     valid_loss: float | None
     """Mean cross-entropy on the held-out split after this step; None where there was no evaluation."""
+    skipped: str | None = None
+    """Why the step was not applied: "non_finite" (loss or gradient), "spike" (gradient norm) or "overflow" (fp16 loss
+    scale); None where it was."""
+    dead_layers: int | None = None
+    """MoE layers that no token has reached for train.dead_after applied steps; None for a dense model."""
+    dead_experts: int | None = None
+    """The same of experts, those of dead layers included."""
 
     def to_json(self) -> str:
         """One line of standard JSON without the newline, `step` first.
@@ -82,14 +89,19 @@ class StepRecord:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> StepRecord:
-        """The record of a parsed line; keys and types must be those of `to_json`."""
+        """The record of a parsed line; keys and types must be those of `to_json`.
+
+        A field with a default may be missing, as in the lines of a release that did not have it yet.
+        """
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in row]:
+        if missing := [field.name for field in fields(cls) if field.name not in row and field.default is MISSING]:
             raise RecordError(f"missing keys {missing} in a step record; was it written by another release?")
         if unknown := [name for name in row if name not in names]:
             raise RecordError(f"unknown keys {unknown} in a step record; was it written by another release?")
         decoded: dict[str, Any] = {}
         for field in fields(cls):
+            if field.name not in row:
+                continue
             try:
                 decoded[field.name] = _DECODERS[str(field.type)](row[field.name])
             except (TypeError, ValueError) as error:
@@ -140,8 +152,20 @@ def _decode_optional(value: Any) -> float | None:
     return None if value is None else _decode_float(value)
 
 
+def _decode_optional_int(value: Any) -> int | None:
+    return None if value is None else _decode_int(value)
+
+
+def _decode_optional_text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "int": _decode_int,
+    "int | None": _decode_optional_int,
+    "str | None": _decode_optional_text,
     "float": _decode_float,
     "float | None": _decode_optional,
     "tuple[float, ...]": _decode_row,

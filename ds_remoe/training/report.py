@@ -9,8 +9,9 @@ from rich.console import Console
 from ds_remoe.analysis.stages_plot import plot_expert_load, plot_stages
 from ds_remoe.model.generation import generate
 from ds_remoe.training import metrics
-from ds_remoe.training.summary import RunSummary, render, summarise
-from ds_remoe.training.trainer import METRICS, Outcome, Trainer
+from ds_remoe.training.run_logs import METRICS
+from ds_remoe.training.summary import RunSummary, applied_steps, render, summarise
+from ds_remoe.training.trainer import Outcome, Trainer
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 48
@@ -26,13 +27,15 @@ def report(trainer: Trainer, outcome: Outcome) -> RunSummary | None:
     folder = config.output_dir
     records = metrics.read(folder / METRICS)
     target = config.moe.target_sparsity
-    pictures = [plot_stages(records, target, folder / "stages.png", title=f"{trainer.run.path.stem}: training")]
+    applied = applied_steps(records)
+    pictures = [plot_stages(applied, target, folder / "stages.png", title=f"{trainer.run.path.stem}: training")]
     if config.moe.router != "dense":
-        pictures.append(plot_expert_load(records, folder / "expert_load.png", title="Tokens that each expert sees"))
+        pictures.append(plot_expert_load(applied, folder / "expert_load.png", title="Tokens that each expert sees"))
     summary = summarise(
         records,
         router=config.moe.router,
         target_sparsity=target,
+        dead_after=config.train.dead_after,
         wall_seconds=outcome.seconds,
         output_dir=folder,
         checkpoint=outcome.checkpoint,

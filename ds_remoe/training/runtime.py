@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 
 import deepspeed
@@ -17,13 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from filelock import FileLock, Timeout
 
 from ds_remoe.deepspeed_compat import set_subgroup_timeout, use_gloo_only
 from ds_remoe.kernels.backend import kernels_wanted
 from ds_remoe.kernels.cpu_library import load_cpu_library
 from ds_remoe.training.host_memory import reuse_freed_memory
-from ds_remoe.training.manifest import CheckpointError
 
 
 def start(seed: int) -> torch.device:
@@ -68,24 +65,6 @@ def quiet_output() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if int(os.environ.get("RANK", "0")) != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # libraries print on every rank
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Keep a run's folder to one run at a time, for as long as the result lives.
-
-    Raises:
-        CheckpointError: another run has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(
-            f"remoe.train.output_dir = {folder}: another run is using it; wait for its end, end its processes, or give "
-            "this run another folder"
-        ) from None
-    return lock
 
 
 class StopSignals:

@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ds_remoe.analysis.layers import dead_layers, last_part, silent_experts
+from ds_remoe.analysis.layers import dead_layers, idle_steps, last_part, name_experts, silent_experts
 from ds_remoe.analysis.stages import detect_stages
 from ds_remoe.training.progress import format_count, format_seconds
 from ds_remoe.training.record import StepRecord, json_value
@@ -30,7 +30,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The result of a run. "Last quarter" means the last quarter of its optimizer steps.
+    """The result of a run. "Last quarter" means the last quarter of its applied optimizer steps.
 
     None means that a value does not exist for this run: no evaluation yet, or a dense model.
     """
@@ -57,6 +57,10 @@ class RunSummary:
     """MoE layers, counted from 0, that hardly any token uses any more."""
     silent_experts: int
     """Experts of all layers that see less than 1/64 of the tokens."""
+    dead: tuple[str, ...]
+    """Layers and experts, in words, that no token had reached for train.dead_after steps at the end."""
+    skipped_steps: int
+    """Optimizer steps that were not applied; no mean of losses or routing counts them."""
     tokens_per_second: float
     """Median over the steps."""
     training_seconds: float
@@ -90,6 +94,7 @@ def summarise(
     *,
     router: str,
     target_sparsity: float,
+    dead_after: int,
     wall_seconds: float,
     output_dir: Path,
     checkpoint: Path,
@@ -103,6 +108,7 @@ def summarise(
         records: every step of the run, in order, at least one.
         router: moe.router of the configuration.
         target_sparsity: 1 - k/E; not reported for a dense model.
+        dead_after: applied steps without a token from which an expert is dead.
         wall_seconds: duration of this session.
         output_dir, checkpoint, pictures: where things lie.
         continue_command: the shell command that trains further from the checkpoint.
@@ -110,7 +116,8 @@ def summarise(
     """
     if not records:
         raise ValueError("records: empty; a run needs at least one optimizer step to be summed up")
-    last, final = last_part(records), records[-1]
+    applied = applied_steps(records)
+    last, final = last_part(applied), records[-1]
     evaluated = next((record for record in reversed(records) if record.valid_loss is not None), None)
     has_experts = final.sparsity is not None
     loads = final.expert_load
@@ -124,12 +131,14 @@ def summarise(
         train_loss=statistics.fmean(record.lm_loss for record in last),
         mean_sparsity=_mean([record.sparsity for record in last]),
         target_sparsity=target_sparsity if has_experts else None,
-        settled_at=detect_stages(records, target_sparsity).settled_at if router == "relu" else None,
+        settled_at=detect_stages(applied, target_sparsity).settled_at if router == "relu" else None,
         active_experts_per_token=_mean([record.active_experts_per_token for record in last]),
         experts_per_layer=len(loads[0]) if loads else None,
         moe_layers=len(loads),
-        dead_layers=dead_layers(records),
-        silent_experts=len(silent_experts(records)),
+        dead_layers=dead_layers(applied),
+        silent_experts=len(silent_experts(applied)),
+        dead=tuple(name_experts(idle_steps(records) >= dead_after)),
+        skipped_steps=sum(record.skipped is not None for record in records),
         tokens_per_second=statistics.median(record.tokens_per_second for record in records),
         training_seconds=math.fsum(record.step_seconds for record in records),
         wall_seconds=wall_seconds,
@@ -138,9 +147,14 @@ def summarise(
         continue_command=continue_command,
         pictures=tuple(str(picture) for picture in pictures),
         generated=tuple((prompt, text) for prompt, text in generated),
-        loss_trace=_trace([record.lm_loss for record in records]),
-        sparsity_trace=_trace([record.sparsity for record in records if record.sparsity is not None]),
+        loss_trace=_trace([record.lm_loss for record in applied]),
+        sparsity_trace=_trace([record.sparsity for record in applied if record.sparsity is not None]),
     )
+
+
+def applied_steps(records: Sequence[StepRecord]) -> Sequence[StepRecord]:
+    """The steps that were not skipped; all of them where none was applied."""
+    return [record for record in records if record.skipped is None] or records
 
 
 def render(summary: RunSummary) -> RenderableType:
@@ -191,6 +205,11 @@ def _warnings(summary: RunSummary) -> list[str]:
         warnings.append(
             f"Dead MoE layers (counted from 0): {layers}. Fewer than one token in twenty passes an expert there."
         )
+    if summary.dead:
+        warnings.append(f"Dead at the end, without a token for many steps: {'; '.join(summary.dead)}.")
+    if summary.skipped_steps:
+        plural = "s were" if summary.skipped_steps > 1 else " was"
+        warnings.append(f"{summary.skipped_steps:,} optimizer step{plural} skipped; metrics.jsonl says which and why.")
     if not math.isfinite(summary.train_loss):
         warnings.append("The training loss is not finite: lower the learning rate or look at the gradient norms.")
     return warnings

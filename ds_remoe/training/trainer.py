@@ -8,7 +8,6 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,15 +20,14 @@ from ds_remoe.data.prepare import PreparedData, prepare
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.model.flops import flops_per_token
 from ds_remoe.training.checkpoint import Checkpoints
-from ds_remoe.training.engine import initialize
+from ds_remoe.training.engine import guard_steps, initialize
+from ds_remoe.training.guard import StepGuard, describe_skip, refuse_non_finite
 from ds_remoe.training.manifest import CheckpointSaveError, RunIdentity
-from ds_remoe.training.metrics import MetricsLog
-from ds_remoe.training.progress import TrainProgress
 from ds_remoe.training.record import StepRecord
-from ds_remoe.training.runtime import StopSignals, lock_folder
-from ds_remoe.training.wandb_run import WandbRun
-
-METRICS = "metrics.jsonl"
+from ds_remoe.training.routing_watch import WATCH_KEY, RoutingWatch
+from ds_remoe.training.run_lock import lock_folder
+from ds_remoe.training.run_logs import RunLogs
+from ds_remoe.training.runtime import StopSignals
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Means over the micro-batches and ranks of one optimizer step, and whether a rank was asked to stop."""
+    """Means over the micro-batches and ranks of one optimizer step, and what came up in it.
+
+    Attributes:
+        lm_loss, aux_loss: the means.
+        stop: whether a rank was asked to stop.
+        notes: what the user is to be told.
+    """
 
     lm_loss: float
     aux_loss: float
     stop: bool
+    notes: tuple[str, ...] = ()
 
 
 class Trainer:
@@ -89,6 +94,10 @@ class Trainer:
             self.engine, *_ = initialize(
                 model=self.model, model_parameters=list(self.model.parameters()), config=run.deepspeed
             )
+        self.guard = StepGuard(train.max_skipped_steps, train.spike_guard)
+        guard_steps(self.engine, self.guard)
+        self.watch = RoutingWatch(train.dead_after)
+        self.engine.remoe.carried[WATCH_KEY] = self.watch
         self.checkpoints = Checkpoints(self.config.output_dir / "checkpoints", self._identity(), train.keep_checkpoints)
 
     def train(self, resume: str = "auto") -> Outcome:
@@ -99,6 +108,7 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint cannot be continued by this run, or one cannot be saved.
+            TrainingStoppedError: more steps in a row were skipped than train.max_skipped_steps.
         """
         began = time.monotonic()
         choice = self.checkpoints.choose(resume)
@@ -109,7 +119,8 @@ class Trainer:
         if checkpoint is not None and start >= self.config.train.steps:
             return Outcome(start, checkpoint, None, False, time.monotonic() - began)
         stopped_by: str | None = None
-        with _Logs(self, start, choice.manifest.wandb_run_id if choice else None) as logs:
+        wandb_run_id = choice.manifest.wandb_run_id if choice else None
+        with RunLogs(self.run, main=self.rank == 0, start=start, wandb_run_id=wandb_run_id) as logs:
             for note in choice.notes if choice else ():
                 logs.progress.message(note)
             if checkpoint is not None:
@@ -117,6 +128,9 @@ class Trainer:
             for step in range(start, self.config.train.steps):
                 losses, record = self.step(step)
                 logs.write(record)
+                self.guard.check("\n".join(losses.notes))
+                for note in losses.notes:
+                    logs.progress.message(note)
                 done = record.step == self.config.train.steps
                 stop = losses.stop and not done
                 if done or stop or record.step % self.config.train.save_interval == 0:
@@ -133,24 +147,27 @@ class Trainer:
         began = time.monotonic()
         learning_rate = float(self.engine.get_lr()[0])
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        micro_batch_losses: list[Tensor] = []
         for index in range(self.batch.accumulation):
             inputs, labels = self._batch(self.train_batches, step, index)
             output = self.engine(inputs, labels)
-            self.engine.backward(output.loss)
+            self.engine.backward(refuse_non_finite(output.loss))
             self.engine.step()
+            micro_batch_losses.append(output.loss.detach())
             sums[0] += output.lm_loss.detach()
             sums[1] += output.aux_loss.detach()
         sums[2] = float(self.signals.received is not None)
         dist.all_reduce(sums)
         lm_sum, aux_sum, stops = sums.tolist()
         micro_batches = self.batch.accumulation * self.world_size
-        losses = StepLosses(lm_sum / micro_batches, aux_sum / micro_batches, stops > 0)
+        notes = tuple(self._notes(step, micro_batch_losses))
+        losses = StepLosses(lm_sum / micro_batches, aux_sum / micro_batches, stops > 0, notes)
         seconds = time.monotonic() - began
         due = (step + 1) % self.config.train.eval_interval == 0 or step + 1 == self.config.train.steps
         valid_loss = self.evaluate() if due else None
         return losses, self._record(step + 1, losses, learning_rate, seconds, valid_loss)
 
-    def _save(self, record: StepRecord, logs: _Logs, *, last: bool) -> Path | None:
+    def _save(self, record: StepRecord, logs: RunLogs, *, last: bool) -> Path | None:
         """Save after a step; None where that failed and training is to go on."""
         logs.sync()
         try:
@@ -184,6 +201,14 @@ class Trainer:
         path = shlex.quote(str(self.run.path))
         return f"bash launch/train.sh {self.world_size} --config {path} {overrides}"
 
+    def _notes(self, step: int, micro_batch_losses: list[Tensor]) -> list[str]:
+        """What there is to tell of a step: that it was skipped, or which layers and experts died or came back."""
+        state = self.engine.remoe
+        if state.skipped is not None:
+            batches = self.train_batches
+            return [describe_skip(step, state.skipped, state.grad_norm, self.guard, micro_batch_losses, batches)]
+        return self.watch.update(state.report, step + 1) if state.report is not None else []
+
     def _batch(self, batches: MicroBatches, step: int, index: int) -> tuple[Tensor, Tensor]:
         tokens = batches.tokens(step, index, self.rank).to(self.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -191,32 +216,39 @@ class Trainer:
     def _record(
         self, step: int, losses: StepLosses, learning_rate: float, seconds: float, valid_loss: float | None
     ) -> StepRecord:
-        routing, controller = self.engine.remoe.report, self.engine.remoe.controller
-        config = self.config
+        state, config = self.engine.remoe, self.config
+        routing, controller = state.report, state.controller
         step_tokens = self.batch.global_batch * config.model.seq_length
         active = routing.active_experts_per_token if routing else 0.0
         flops = flops_per_token(config.model, config.moe, self.data.tokenizer.vocab_size, active) * step_tokens
         tflops = flops / seconds / self.world_size / 1e12
         peak = config.logging.peak_tflops
+        coefficient: float | None = None
+        if controller is not None:
+            moved = state.skipped is None and controller.history
+            coefficient = controller.history[-1][0] if moved else controller.coefficient
         return StepRecord(
             step=step,
             samples=step * self.batch.global_batch,
             tokens=step * step_tokens,
             lm_loss=losses.lm_loss,
             aux_loss=losses.aux_loss,
-            l1_coefficient=controller.history[-1][0] if controller and controller.history else None,
+            l1_coefficient=coefficient,
             l1_loss=routing.aux_loss if controller and routing else None,
             sparsity=routing.sparsity if routing else None,
             layer_sparsity=tuple(layer.sparsity for layer in routing.layers) if routing else (),
             active_experts_per_token=active if routing else None,
             expert_load=tuple(layer.load for layer in routing.layers) if routing else (),
             learning_rate=learning_rate,
-            grad_norm=self.engine.remoe.grad_norm,
+            grad_norm=state.grad_norm,
             tokens_per_second=step_tokens / seconds,
             tflops_per_device=tflops,
             mfu=tflops / peak if peak else None,
             step_seconds=seconds,
             valid_loss=valid_loss,
+            skipped=state.skipped,
+            dead_layers=self.watch.dead_layers if routing else None,
+            dead_experts=self.watch.dead_experts if routing else None,
         )
 
     def _identity(self) -> RunIdentity:
@@ -236,53 +268,3 @@ class Trainer:
             moe=self.config.moe.model_dump(mode="json"),
             sparsity=self.config.sparsity.model_dump(mode="json"),
         )
-
-
-class _Logs:
-    """Rank 0's progress bar, metrics.jsonl and W&B run; the other ranks' stay silent."""
-
-    def __init__(self, trainer: Trainer, start: int, wandb_run_id: str | None) -> None:
-        config = trainer.config
-        self._main = trainer.rank == 0
-        target = config.moe.target_sparsity if config.moe.router == "relu" else None
-        self.progress = TrainProgress(config.train.steps, start, target, enabled=self._main)
-        self._metrics: MetricsLog | None = None
-        self._wandb: WandbRun | None = None
-        if self._main:
-            self._metrics = MetricsLog.resume(config.output_dir / METRICS, start)
-            self._wandb = WandbRun(
-                config.logging.wandb,
-                trainer.run.deepspeed,
-                config.output_dir,
-                wandb_run_id,
-                histogram_interval=config.logging.histogram_interval,
-                warn=self.progress.message,
-            )
-
-    def __enter__(self) -> _Logs:
-        self.progress.__enter__()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.progress.__exit__(kind, error, trace)
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.finish(0 if error is None else 1)
-
-    @property
-    def wandb_run_id(self) -> str | None:
-        """Id of the W&B run that a checkpoint keeps."""
-        return self._wandb.run_id if self._wandb is not None else None
-
-    def write(self, record: StepRecord) -> None:
-        """Send a step to metrics.jsonl, W&B and the bar."""
-        if self._metrics is not None and self._wandb is not None:
-            self._metrics.append(record)
-            self._wandb.log(record)
-        self.progress.update(record)
-
-    def sync(self) -> None:
-        """Put metrics.jsonl on the disk, so that no checkpoint is ahead of it."""
-        if self._metrics is not None:
-            self._metrics.sync()

@@ -1,0 +1,34 @@
+"""What ranks have to know of each other so that all of them go on, or all of them stop with the same error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ds_remoe.training.manifest import CheckpointError
+
+Result = TypeVar("Result")
+
+
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """Do it on rank 0; every rank returns the result (picklable), or raises the CheckpointError."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except CheckpointError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+def gathered(value: Result) -> list[Result]:
+    """The value (picklable) of every rank, by rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Train on several nodes.
+#
+#   bash launch/multinode.sh --hostfile FILE [options] --config FILE [--set path=value ...] [--resume ...]
+#       from one machine, through pdsh and ssh
+#   bash launch/multinode.sh --hostfile FILE --no_ssh [--node_rank I] [options] --config FILE ...
+#       once on each node, by a scheduler that starts one task a node (launch/slurm.sbatch does so)
+#
+# Options, before --config; what follows goes to the trainer:
+#   --hostfile FILE     the nodes, as in launch/hostfile.example
+#   --master_addr A     address of the first node that all others reach. Default: with ssh what `hostname -I` says first
+#                       there; with --no_ssh the first name of the hostfile
+#   --master_port P     free on the first node; default 29500, or MASTER_PORT
+#   --node_rank I       with --no_ssh: this node's line in the hostfile, from 0; default: SLURM_NODEID
+#   --launcher L        pdsh (default), openmpi, mpich, impi, mvapich or slurm, as `deepspeed --launcher`
+#   --export NAMES      forward these variables too, separated by commas
+#
+# What it needs on every node: this repository at this same path with the same .venv (a shared file system, or a clone
+# and `bash launch/setup.sh` on each), and remoe.train.output_dir and remoe.data.cache_dir on a file system that all
+# nodes share. With ssh: pdsh here, and ssh to each node without a password (deepspeed asks nobody). Host names must not
+# resolve to 127.*: Debian's `127.0.1.1 NAME` in /etc/hosts does; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the
+# network interface where it does, or where a node has several. `ds-remoe doctor --hostfile FILE` looks into all of it.
+#
+# Environment: pdsh forwards next to nothing by itself. This script forwards PATH and LD_LIBRARY_PATH, OMP_NUM_THREADS,
+# DS_ACCELERATOR, DEEPSPEED_TIMEOUT, proxies, and all of NCCL_*, GLOO_*, TORCH_*, TRITON_*, FI_*, DS_REMOE_*, HF_* and
+# WANDB_*, then the lines NAME=VALUE of .deepspeed_env in the home and in this repository, which win. They stand in
+# the command line of a process on each node, for every user there to see; so nothing whose name ends in KEY, TOKEN,
+# SECRET or PASSWORD goes along: log in on the nodes instead (`wandb login`, `hf auth login`).
+set -euo pipefail
+
+die() { printf 'multinode.sh: %s\n' "$*" >&2; exit 2; }
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+hostfile='' master_addr='' master_port="${MASTER_PORT:-29500}" node_rank="${SLURM_NODEID:-}" launcher=pdsh export_names=''
+ssh=1
+while (($#)); do
+    case "$1" in
+        --no_ssh) ssh=0; shift; continue ;;
+        --hostfile | --master_addr | --master_port | --node_rank | --launcher | --export) ;;
+        *) break ;;
+    esac
+    (($# > 1)) || die "$1 needs a value"
+    case "$1" in
+        --hostfile) hostfile=$2 ;;
+        --master_addr) master_addr=$2 ;;
+        --master_port) master_port=$2 ;;
+        --node_rank) node_rank=$2 ;;
+        --launcher) launcher=$2 ;;
+        --export) export_names=$2 ;;
+    esac
+    shift 2
+done
+[[ -n "$hostfile" ]] || die "--hostfile FILE is missing; launch/hostfile.example is one"
+[[ -f "$hostfile" ]] || die "--hostfile $hostfile: no such file (relative to $PWD)" # deepspeed would train here alone
+(($#)) || die "nothing for the trainer: add --config FILE"
+[[ "$master_port" =~ ^[0-9]+$ ]] || die "--master_port $master_port: not a number"
+
+bash launch/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+if ((!ssh)); then
+    [[ "$node_rank" =~ ^[0-9]+$ ]] || die "--no_ssh needs --node_rank I, or SLURM_NODEID (found '$node_rank')"
+    # The first line that names a node: neither blank nor a comment.
+    [[ -n "$master_addr" ]] || master_addr=$(sed -n '/^[[:space:]]*[^#[:space:]]/{s/^[[:space:]]*//;s/[[:space:]].*//p;q}' "$hostfile")
+    exec deepspeed --quiet --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" \
+        --master_addr "$master_addr" --master_port "$master_port" --module ds_remoe.train "$@"
+fi
+
+if [[ "$launcher" == pdsh ]] && ! command -v pdsh >/dev/null; then
+    die "pdsh is not installed here (Debian and Ubuntu: apt install pdsh); or --launcher openmpi, or --no_ssh on each node"
+fi
+
+# What a remote shell would change on its way is refused rather than passed on changed.
+forwarded() {
+    local name value
+    while IFS= read -r name; do
+        case "$name" in
+            *KEY | *TOKEN | *SECRET | *PASSWORD) continue ;;
+            PATH | LD_LIBRARY_PATH | OMP_NUM_THREADS | DS_ACCELERATOR | DEEPSPEED_TIMEOUT) ;;
+            http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) ;;
+            NCCL_* | GLOO_* | TORCH_* | TRITON_* | FI_* | DS_REMOE_* | HF_* | WANDB_*) ;;
+            *) [[ ",$export_names," == *",$name,"* ]] || continue ;;
+        esac
+        value=${!name}
+        [[ ! "$value" =~ [\"\$\`\\%]|$'\n' ]] ||
+            die "$name = $value: has one of \" \$ \` \\ % or a line break, which does not survive pdsh; unset it here and set it on the nodes"
+        printf '%s=%s\n' "$name" "$value"
+    done < <(compgen -e)
+    # deepspeed's parser ends at a blank line or a comment with an exception.
+    sed -e '/^[[:space:]]*#/d' -e '/^[[:space:]]*$/d' ~/.deepspeed_env .deepspeed_env 2>/dev/null || true
+}
+environment=$(forwarded)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+printf '%s\n' "$environment" >"$scratch/environment"
+export DS_ENV_FILE="$scratch/environment"
+
+# pdsh hands the command to each node's shell as one text; deepspeed quotes only what has spaces, and that not well.
+arguments=()
+for argument in "$@"; do
+    if [[ "$launcher" == pdsh ]]; then
+        [[ ! "$argument" =~ %[hun]|[[:cntrl:]] ]] || die "argument $argument: pdsh would replace %h, %u or %n in it, or lose a control character; write it into the --config file"
+        argument=$(printf '%q' "$argument")
+        argument=${argument//'\ '/"\$'\\x20'"}
+    fi
+    arguments+=("$argument")
+done
+
+deepspeed --quiet --hostfile "$hostfile" --launcher "$launcher" ${master_addr:+--master_addr "$master_addr"} \
+    --master_port "$master_port" --module ds_remoe.train "${arguments[@]}" &
+child=$!
+# Not exec: the scratch folder goes at the end. A signal is passed on, and its outcome is waited for.
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+code=0
+wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+done
+exit "$code"
