@@ -49,17 +49,16 @@ def bench_comm(arguments: argparse.Namespace) -> int:
     """Measure, show the table and write the results file."""
     from pathlib import Path
 
-    from rich.console import Console
-
     from ds_remoe.bench import comm
     from ds_remoe.bench.results_file import write_results
     from ds_remoe.bench.trace import read_metadata
+    from ds_remoe.commands.output import make_console
 
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists():
         print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
         return 2
-    console = Console()
+    console = make_console()
     try:
         run = read_metadata(Path(arguments.trace)) if arguments.trace else None
         default_workloads = () if run else WORKLOADS

@@ -50,13 +50,13 @@ def bench_kernels(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     import torch
-    from rich.console import Console
     from rich.progress import Progress
 
     from ds_remoe.bench import kernels
     from ds_remoe.bench.kernel_subjects import KERNELS, Settings
     from ds_remoe.bench.results_file import write_results
     from ds_remoe.bench.workloads import Sizes, WorkloadError, build_workload
+    from ds_remoe.commands.output import make_console
 
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists():
@@ -78,7 +78,7 @@ def bench_kernels(arguments: argparse.Namespace) -> int:
     except WorkloadError as error:
         return _refuse(str(error))
 
-    console = Console()
+    console = make_console()
     measured = []
     with Progress(console=console, transient=True) as progress:
         rounds = len(workloads) * len(names) * (settings.warmup + settings.repeats)

@@ -46,6 +46,13 @@ def add_bench_layer(commands: Commands) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument(
+        "--memory",
+        choices=("kept", "returned"),
+        default="kept",
+        help="freed CPU memory: kept for the next tensor, as training with ds_remoe does (default), or returned to the "
+        "system and mapped anew, as the C library does by itself",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (default: 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
@@ -58,11 +65,11 @@ def bench_layer(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     import torch
-    from rich.console import Console
     from rich.progress import Progress
 
     from ds_remoe.bench import layer, layer_bars, layer_report
     from ds_remoe.bench.results_file import write_results
+    from ds_remoe.commands.output import make_console
     from ds_remoe.training.host_memory import reuse_freed_memory
 
     output = Path(arguments.output) if arguments.output else None
@@ -74,8 +81,9 @@ def bench_layer(arguments: argparse.Namespace) -> int:
     if device.type == "cuda" and not has_cuda:
         print("--device cuda: torch finds no CUDA device; use --device cpu", file=sys.stderr)
         return 2
-    if device.type == "cpu":
-        reuse_freed_memory()  # as in a training process
+    if device.type == "cpu" and arguments.memory == "kept" and not reuse_freed_memory():
+        print("--memory kept: the C library is not glibc; use --memory returned", file=sys.stderr)
+        return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
@@ -86,7 +94,7 @@ def bench_layer(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
 
-    console = Console()
+    console = make_console()
     measured = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(workloads) * 2 * (settings.warmup + settings.repeats))

@@ -48,12 +48,11 @@ def bench_memory(arguments: argparse.Namespace) -> int:
         return 2
     sizes = _sizes(load_run(arguments.file, arguments.overrides, world_size=None), arguments)
 
-    from rich.console import Console
-
     from ds_remoe.bench import memory
     from ds_remoe.bench.results_file import write_results
+    from ds_remoe.commands.output import make_console
 
-    console, points = Console(), []
+    console, points = make_console(), []
     with console.status("measuring") as status:
         for point in memory.measure(sizes, arguments.kinds, arguments.densities or memory.DENSITIES):
             points.append(point)

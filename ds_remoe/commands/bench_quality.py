@@ -29,17 +29,16 @@ def bench_quality(arguments: argparse.Namespace) -> int:
     """Compare ReMoE with TopK and write the results file."""
     from pathlib import Path
 
-    from rich.console import Console
-
     from ds_remoe.bench import quality
     from ds_remoe.bench.results_file import write_results
+    from ds_remoe.commands.output import make_console
 
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists():
         print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
         return 2
     load_run(arguments.file, arguments.overrides, world_size=None)
-    console = Console()
+    console = make_console()
     with console.status("training; each run's output is in its .log beside it"):
         rows = quality.compare(
             Path(arguments.file), arguments.overrides, arguments.seeds, Path(arguments.runs), arguments.jobs

@@ -37,15 +37,14 @@ def bench_record(arguments: argparse.Namespace) -> int:
     """Record a trace."""
     from pathlib import Path
 
-    from rich.console import Console
-
     from ds_remoe.bench.record import record
+    from ds_remoe.commands.output import make_console
 
     output = Path(arguments.output)
     if output.exists():
         print(f"--output {output}: exists; a recording is never overwritten, choose another name", file=sys.stderr)
         return 2
-    console = Console()
+    console = make_console()
     with console.status(f"training to step {arguments.steps[-1]}"):
         routings = record(Path(arguments.file), arguments.overrides, arguments.steps, arguments.ranks, output)
     size = output.stat().st_size / 1024

@@ -29,17 +29,16 @@ def bench_step(arguments: argparse.Namespace) -> int:
     import tempfile
     from pathlib import Path
 
-    from rich.console import Console
-
     from ds_remoe.bench import step
     from ds_remoe.bench.results_file import write_results
+    from ds_remoe.commands.output import make_console
 
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists():
         print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
         return 2
     load_run(arguments.file, arguments.overrides, world_size=None)
-    console = Console()
+    console = make_console()
     status = f"training {arguments.settle} steps of each, then timing"
     try:
         with console.status(status), tempfile.TemporaryDirectory() as runs:

@@ -57,7 +57,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     import torch
-    from rich.console import Console
+
+    from ds_remoe.commands.output import make_console
 
     # DeepSpeed would warn of every machine without an accelerator, where a plan is as good as anywhere.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +71,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if complaint:
         print(complaint, file=sys.stderr)
         return 2
-    console = Console()
+    console = make_console()
     plans, refused = _plans(arguments)
     console.print(show(plans[0]), highlight=False)
     if len(arguments.nodes) > 1:
