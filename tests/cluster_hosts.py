@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,6 +115,10 @@ class Cluster:
             for line in ("link set lo up", f"addr add {NET}.{host + 1}/24 dev eth0", "link set eth0 up"):
                 _run(["nsenter", "-t", child, "-n", "ip", *line.split()])
 
+        for name in names if sshd else ():
+            reach = self.command(0, ["ssh", name, "true"])
+            _wait_for(lambda reach=reach: subprocess.run(reach, capture_output=True).returncode == 0, f"{name}'s sshd")
+
 
 @contextmanager
 def cluster(folder: Path, size: int, *, ssh: bool) -> Iterator[Cluster]:
@@ -162,9 +166,9 @@ def _run(command: Sequence[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
 
 
-def _wait_for(condition: object, what: str, seconds: float = 10) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"{what} did not come up"
         time.sleep(0.02)
 

@@ -134,3 +134,12 @@ def test_hosts_train_as_one_host_does(
     got = on_hosts(hosts, tmp_path / "hosts", config, launcher)
     check_losses(got, expected)
     check_wire(got)
+
+
+@needs_ssh
+def test_doctor_examines_every_host(hosts: Cluster, config: Path) -> None:
+    command = [f"{BIN}/ds-remoe", "doctor", "--hostfile", str(hosts.hostfile), "--config", str(config)]
+    process = hosts.start(0, [*command, "--set", f"remoe.moe.ep_size={hosts.size}"], environment())
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "between nodes" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,15 +14,28 @@ from pathlib import Path
 import psutil
 import pytest
 from ranks import free_port
-from test_resume import STEPS, Run
+from test_resume import Run
 
 from ds_remoe.launching.hosts import Host, HostfileError, read_hostfile
 from ds_remoe.launching.processes import TOKEN_VARIABLE
 
 BIN = Path(sys.executable).parent
+STEPS = 100  # so many that the last of several signals comes before the end on a fast machine, too
 
 
-class Supervised(Run):
+class BareRun(Run):
+    """A run without W&B, whose processes are no part of these tests."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        super().__init__(folder, data)
+        content = json.loads(self.config.read_text())
+        content["remoe"]["logging"] = {}
+        content["remoe"]["train"]["steps"] = STEPS
+        content["scheduler"]["params"]["total_num_steps"] = STEPS
+        self.config.write_text(json.dumps(content))
+
+
+class Supervised(BareRun):
     """A run under `ds-remoe supervise`."""
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -47,6 +61,18 @@ class Supervised(Run):
         wait_until(lambda: len(self.lines()) >= step or process.poll() is not None, f"step {step}")
         assert process.poll() is None, process.communicate()[0][-5000:]
 
+    def kill_and_see_it_restart(self, name: str, process: subprocess.Popen[str]) -> None:
+        """SIGKILL to a process of the run; returns when ranks started after it have done some steps."""
+        old = {rank.pid for rank in self.processes("--local_rank")}
+        self.processes(name)[0].kill()
+
+        def new_ranks() -> int:
+            pids = {rank.pid for rank in self.processes("--local_rank=")}
+            return len(pids - old) if not pids & old else 0
+
+        wait_until(lambda: new_ranks() == 2 or process.poll() is not None, "the restart")
+        self.wait_for_step(len(self.lines()) + 1, process)
+
     def processes(self, of: str) -> list[psutil.Process]:
         """Those of this run that carry a supervisor's token and have `of` in their command line."""
         found = []
@@ -70,7 +96,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("runs")
-    run = Run(root / "undisturbed", root / "data")
+    run = BareRun(root / "undisturbed", root / "data")
     run.finish()
     return run
 
@@ -81,12 +107,8 @@ def test_faults_of_every_process_leave_the_undisturbed_line(undisturbed: Run) ->
     process = run.start()
     try:
         run.wait_for_step(5, process)
-        run.processes("--local_rank=1")[0].kill()
-        wait_until(lambda: len(run.lines()) < 5, "the restart")
-        run.wait_for_step(10, process)
-        run.processes("deepspeed.launcher.launch")[0].kill()
-        stopped = len(run.lines())
-        wait_until(lambda: len(run.lines()) > stopped + 4, "the second restart")
+        run.kill_and_see_it_restart("--local_rank=1", process)
+        run.kill_and_see_it_restart("deepspeed.launcher.launch", process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output[-5000:]

@@ -1,0 +1,48 @@
+"""The scripts in launch/: what they refuse before they start anything, and that the shell understands them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+def multinode(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    command = ["bash", str(LAUNCH / "multinode.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--hostfile FILE is missing"),
+        (("--hostfile",), "--hostfile needs a value"),
+        (("--hostfile", "/no/such/file", "--config", "x"), "/no/such/file: no such file"),
+        (("--hostfile", "launch/hostfile.example"), "nothing for the trainer"),
+        (("--hostfile", "launch/hostfile.example", "--master_port", "x", "--config", "x"), "--master_port x"),
+    ],
+)
+def test_wrong_use_of_multinode_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = multinode(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_shell_understands(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    done = subprocess.run(["shellcheck", "--shell=bash", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
