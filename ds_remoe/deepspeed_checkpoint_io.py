@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -121,6 +122,15 @@ def _cause(error: BaseException) -> BaseException:
     return error if error.__context__ is None else _cause(error.__context__)
 
 
+def _enums_to_values(state: dict[str, Any]) -> None:
+    """Put an enumeration's number in its place: Python 3.11.2 pickles a member as a call of getattr."""
+    for key, value in state.items():
+        if isinstance(value, Enum):
+            state[key] = value.value
+        elif isinstance(value, dict):
+            _enums_to_values(value)
+
+
 @contextmanager
 def recording_writes(engine: Any, folder: Path) -> Iterator[Writes]:
     """Within it, `engine.save_checkpoint` returns on every rank, also where a write fails.
@@ -133,7 +143,12 @@ def recording_writes(engine: Any, folder: Path) -> Iterator[Writes]:
     """
     writes, writer = Writes(folder), engine.checkpoint_engine
     save, makedirs, copy_script = writer.save, writer.makedirs, engine._copy_recovery_script
-    writer.save = lambda state_dict, path: writes.write(Path(path), lambda: save(state_dict, path))
+
+    def write(state_dict: dict[str, Any], path: str) -> None:
+        _enums_to_values(state_dict)
+        writes.write(Path(path), lambda: save(state_dict, path))
+
+    writer.save = write
     writer.makedirs = lambda path, exist_ok=False: writes.attempt(Path(path), lambda: makedirs(path, exist_ok=exist_ok))
     engine._copy_recovery_script = lambda save_path: writes.attempt(Path(save_path), lambda: copy_script(save_path))
     try:
