@@ -118,6 +118,7 @@ def fail_to_save(root: Path) -> None:
     dist.barrier()
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["step00000001", "step00000002"]
     assert (folder / LATEST).read_text() == "step00000002"
+    dist.barrier()  # rank 0 makes the next checkpoint's folder
     checkpoints.save(engine, 3, 12, None)
     assert (folder / LATEST).read_text() == "step00000003"
     if rank == 0:
