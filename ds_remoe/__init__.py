@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_remoe.model.exported import load_exported
     from ds_remoe.moe.experts import SwiGLU
     from ds_remoe.moe.gate import ReLUGate
     from ds_remoe.moe.layer import MoE
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ds_remoe.training.engine import initialize
 
 __version__ = "0.1.0"
-__all__ = ["MoE", "ReLUGate", "SparsityController", "SwiGLU", "__version__", "initialize"]
+__all__ = ["MoE", "ReLUGate", "SparsityController", "SwiGLU", "__version__", "initialize", "load_exported"]
 
 _HOMES = {
     "MoE": "ds_remoe.moe.layer",
@@ -21,6 +22,7 @@ _HOMES = {
     "SparsityController": "ds_remoe.moe.sparsity",
     "SwiGLU": "ds_remoe.moe.experts",
     "initialize": "ds_remoe.training.engine",
+    "load_exported": "ds_remoe.model.exported",
 }
 
 

@@ -21,7 +21,12 @@ from ds_remoe.commands.bench_memory import add_bench_memory
 from ds_remoe.commands.bench_quality import add_bench_quality
 from ds_remoe.commands.bench_record import add_bench_record
 from ds_remoe.commands.bench_step import add_bench_step
-from ds_remoe.commands.checkpoint import add_checkpoint_list, add_checkpoint_prune, add_checkpoint_verify
+from ds_remoe.commands.checkpoint import (
+    add_checkpoint_export,
+    add_checkpoint_list,
+    add_checkpoint_prune,
+    add_checkpoint_verify,
+)
 from ds_remoe.commands.config import add_config_check, add_config_schema
 from ds_remoe.commands.data import add_data_prepare
 from ds_remoe.commands.doctor import add_doctor
@@ -58,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_list(checkpoint)
     add_checkpoint_verify(checkpoint)
     add_checkpoint_prune(checkpoint)
+    add_checkpoint_export(checkpoint)
     add_plan(commands)
     add_supervise(commands)
     add_doctor(commands)

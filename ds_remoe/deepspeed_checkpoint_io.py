@@ -49,8 +49,10 @@ def unsafe_globals(path: Path) -> list[str]:
     return sorted(set(found) - set(PLAIN_CLASSES))
 
 
-def load_values(path: str | Path, map_location: Any = None) -> Any:
+def load_values(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
     """`torch.load` of tensors, builtins and `PLAIN_CLASSES`; no code in the file is run.
+
+    With `mmap` the tensors are mapped from the file, and read where they are used.
 
     Raises:
         UnsafeFileError: the file holds anything else; the message names it.
@@ -64,7 +66,7 @@ def load_values(path: str | Path, map_location: Any = None) -> Any:
         classes.append(getattr(import_module(module), attribute))
     try:
         with torch.serialization.safe_globals(classes):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(f"{path}: refused: {str(error).splitlines()[-1]}") from error
 

@@ -78,12 +78,9 @@ def test_a_manifest_reads_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"world_size": 2}, "world_size: the checkpoint has 4, this run 2"),
-        ({"ep_size": 4}, "ep_size: the checkpoint has 2, this run 4"),
-        ({"zero_stage": 1}, "zero_stage: the checkpoint has 2, this run 1"),
+        ({"world_size": 2}, "accumulation steps * ranks): the checkpoint has 32, this run 16"),
         ({"dtype": "fp32"}, "dtype: the checkpoint has 'bf16', this run 'fp32'"),
-        ({"micro_batch_size": 4}, "micro_batch_size: the checkpoint has 8, this run 4"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: the checkpoint has 1, this run 2"),
+        ({"gradient_accumulation_steps": 2}, "accumulation steps * ranks): the checkpoint has 32, this run 64"),
         ({"optimizer": "Adam"}, "optimizer: the checkpoint has 'AdamW', this run 'Adam'"),
         ({"seed": 1}, "seed: the checkpoint has 0, this run 1"),
         ({"data": "abd"}, "data: the checkpoint has 'abc', this run 'abd'"),
@@ -103,10 +100,31 @@ def test_another_run_is_refused_with_both_values(tmp_path: Path, change: dict[st
 
 def test_all_differences_stand_in_one_message(tmp_path: Path) -> None:
     target = saved(tmp_path, 7)
-    other = dataclasses.replace(IDENTITY, world_size=8, ep_size=8, moe={"router": "topk", "num_experts": 8})
+    other = dataclasses.replace(IDENTITY, world_size=8, seed=8, moe={"router": "topk", "num_experts": 8})
     with pytest.raises(CheckpointError) as refused:
         Manifest.read(target).check_identity(other, target)
     assert str(refused.value).count("the checkpoint has") == 3
+
+
+def test_other_ranks_may_continue_with_the_same_global_batch(tmp_path: Path) -> None:
+    target = saved(tmp_path, 7)
+    other = dataclasses.replace(
+        IDENTITY,
+        world_size=2,
+        ep_size=1,
+        zero_stage=0,
+        gradient_accumulation_steps=2,
+        moe={**IDENTITY.moe, "ep_size": 1, "activation_budget": None, "wire_dtype": "bf16"},
+    )
+    manifest = Manifest.read(target)
+    manifest.check_identity(other, target)
+    assert manifest.describe_changes(other) == [
+        "saved by 4 ranks, ep_size 2, ZeRO 2; resharded for 2 ranks, ep_size 1, ZeRO 0"
+    ]
+    larger = dataclasses.replace(other, micro_batch_size=16, gradient_accumulation_steps=1)
+    manifest.check_identity(larger, target)
+    assert "micro-batch size was 8 and is 16 now" in manifest.describe_changes(larger)[1]
+    assert manifest.describe_changes(IDENTITY) == []
 
 
 @pytest.mark.parametrize(

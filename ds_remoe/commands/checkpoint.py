@@ -1,4 +1,4 @@
-"""`ds-remoe checkpoint list|verify|prune`."""
+"""`ds-remoe checkpoint list|verify|prune|export`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ def add_checkpoint_prune(commands: Commands) -> None:
     parser.add_argument("--keep", type=positive, required=True, metavar="N", help="good checkpoints that stay")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     parser.set_defaults(run=checkpoint_prune)
+
+
+def add_checkpoint_export(commands: Commands) -> None:
+    """Parser of `ds-remoe checkpoint export`."""
+    description = (
+        "Write the weights of a checkpoint as sharded safetensors, a tensor for each matrix of each expert, whatever "
+        "number of ranks, ep_size and ZeRO stage saved it. ds_remoe.load_exported(OUT) makes a model of them. fp32 "
+        "weights of a model trained in bf16 are the optimizer's masters. The checkpoint is verified first."
+    )
+    parser = commands.add_parser("export", help="write the weights as safetensors", description=description)
+    _add_folder(parser)
+    parser.add_argument("--tag", metavar="TAG", help="this checkpoint, for example step00000100; default: the latest")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--output", type=Path, metavar="OUT", help="folder to make; default: DIR/export-TAG-DTYPE, beside `checkpoints`"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="bytes of a file, e.g. 500MB (default: 5GB)"
+    )
+    parser.set_defaults(run=checkpoint_export)
 
 
 def checkpoint_list(arguments: argparse.Namespace) -> int:
@@ -126,6 +146,35 @@ def checkpoint_prune(arguments: argparse.Namespace) -> int:
         print(f"{'would keep' if arguments.dry_run else 'kept'} {path} (good)")
     if plan.latest is not None:
         print(f"latest {'would name' if arguments.dry_run else 'names'} {plan.latest.name} now")
+    return 0
+
+
+def checkpoint_export(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint's weights as safetensors."""
+    from rich.filesize import decimal
+
+    from ds_remoe.training.checkpoint_folder import inspect
+    from ds_remoe.training.export import export
+    from ds_remoe.training.manifest import CheckpointError
+
+    folder: CheckpointFolder = arguments.folder
+    try:
+        checkpoint = folder.latest() if arguments.tag is None else folder.path / arguments.tag
+        if checkpoint is None or not checkpoint.is_dir():
+            print(f"{checkpoint or folder.path / 'latest'}: does not exist; {folder.what_exists()}", file=sys.stderr)
+            return 2
+        with _progress("verified (MiB)", [checkpoint]) as advance:
+            found = inspect(checkpoint, contents=True, advance=advance)
+        if found.manifest is None or found.state != "good":
+            print("\n".join([*_problems([found]), "export another with --tag"]), file=sys.stderr)
+            return 1
+        output = arguments.output or folder.path.parent / f"export-{checkpoint.name}-{arguments.dtype}"
+        files = export(checkpoint, found.manifest, output, arguments.dtype, max_shard_size=arguments.max_shard_size)
+    except (CheckpointError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path in files:
+        print(f"{path} ({decimal(path.stat().st_size)})")
     return 0
 
 

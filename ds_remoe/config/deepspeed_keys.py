@@ -104,7 +104,6 @@ ZERO: Final[Mapping[str, Kind]] = {
     "load_from_fp32_weights": "bool",
     "offload_optimizer": "object",
     "ignore_unused_parameters": "bool",
-    "round_robin_gradients": "bool",
     "parameter_alignment": "bool",
     "enable_sanity_checks": "bool",
 }
@@ -128,6 +127,8 @@ ZERO_REFUSED: Final[Mapping[str, str]] = {
     'use "offload_optimizer": {"device": "cpu"}',
     "override_module_apply": _STAGE_3,
     "pipeline_loading_checkpoint": _STAGE_3,
+    "round_robin_gradients": "the order of parameters in checkpoints would depend on the number of ranks, and the "
+    "map of it there would be wrong; remove it",
     "save_muon_momentum_buffer_in_memory": _STAGE_3,
     "stage3_allgather_sequential": _STAGE_3,
     "stage3_gather_16bit_weights_on_model_save": _STAGE_3,

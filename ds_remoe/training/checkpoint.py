@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ds_remoe.training.manifest import (
     tag_of,
 )
 from ds_remoe.training.random_state import random_state, restore_random_state
+from ds_remoe.training.resharding import restore_optimizer
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Checkpoints:
             notes = [*passed_over, f"{path.name}, the newest good checkpoint, is used instead"] if passed_over else []
             if any(record.sha256 is None for record in manifest.files.values()):
                 notes.append(f"{path}: its manifest, of format 1, has no hashes; only sizes could be checked")
+            notes += [f"{path.name}: {change}" for change in manifest.describe_changes(self.identity)]
             return Choice(path, manifest, tuple(notes))
         if passed_over:
             remedy = "no good one is left" if resume == "auto" else "resume from another with --resume auto"
@@ -131,7 +133,8 @@ class Checkpoints:
     def load(self, engine: Any, choice: Choice) -> None:
         """Restore model, optimizer shards, scheduler, λ and random state; `latest` names this checkpoint from then on.
 
-        No code in the files is run.
+        Where other ranks have saved it, with another ep_size or ZeRO stage, its optimizer is resharded; the random
+        state is then restored of the ranks that there were. No code in the files is run.
 
         Raises:
             CheckpointError: on all ranks, where one of them could not read its files.
@@ -139,7 +142,7 @@ class Checkpoints:
         error: str | None = None
         try:
             self._read(engine, choice)
-        except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as failure:
+        except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as failure:
             error = f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
         errors = [text for text in gathered(error) if text is not None]
         if errors:
@@ -213,14 +216,21 @@ class Checkpoints:
         ]
 
     def _read(self, engine: Any, choice: Choice) -> None:
+        saved = choice.manifest.identity.topology
+        reshard = saved != self.identity.topology
         with loading_values_only(engine):
-            path, _ = engine.load_checkpoint(str(choice.path.parent), choice.path.name)
+            folder, tag = str(choice.path.parent), choice.path.name
+            path, _ = engine.load_checkpoint(folder, tag, load_optimizer_states=not reshard)
         if path is None or engine.global_steps != choice.manifest.step:
             raise CheckpointError(
                 f"DeepSpeed loaded step {engine.global_steps}, but the manifest says {choice.manifest.step}; the files "
                 "are of another step"
             )
-        restore_random_state(torch.load(choice.path / _random_state_file(), weights_only=True))
+        if reshard:
+            restore_optimizer(engine, choice.path, **asdict(saved))
+        state = choice.path / _random_state_file()
+        if state.name in choice.manifest.files or not reshard:
+            restore_random_state(torch.load(state, weights_only=True))
 
     def _candidates(self, resume: str) -> list[Path]:
         """The checkpoints to try, best first."""

@@ -30,13 +30,34 @@ def tag_of(step: int) -> str:
 
 
 @dataclass(frozen=True)
+class Topology:
+    """What DeepSpeed's files are cut for."""
+
+    world_size: int
+    ep_size: int
+    zero_stage: int
+
+    def __str__(self) -> str:
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{ranks}, ep_size {self.ep_size}, ZeRO {self.zero_stage}"
+
+
+EXECUTION_SETTINGS = frozenset({"ep_size", "activation_budget", "wire_dtype", "hierarchical_all_to_all"})
+"""Settings of `remoe.moe` that say where and how experts are computed, not what they compute."""
+_SPREAD = frozenset({"world_size", "ep_size", "zero_stage", "micro_batch_size", "gradient_accumulation_steps"})
+
+
+@dataclass(frozen=True)
 class RunIdentity:
-    """What has to be the same for a resume to continue the same run.
+    """What a run is, and how it is spread over ranks.
+
+    A resume continues the same run where all is the same but how the work is spread: the topology, the split of the
+    global batch, and the settings `EXECUTION_SETTINGS` of `moe`.
 
     Attributes:
         world_size, ep_size, zero_stage: the topology that DeepSpeed's files are cut for.
         dtype: "fp32", "bf16" or "fp16".
-        micro_batch_size, gradient_accumulation_steps: they decide which samples share a step and a micro-batch.
+        micro_batch_size, gradient_accumulation_steps: with the world size, which samples share a step.
         optimizer: type of the optimizer.
         seed: of the order of samples.
         data: fingerprint of the token store.
@@ -55,6 +76,16 @@ class RunIdentity:
     model: dict[str, Any]
     moe: dict[str, Any]
     sparsity: dict[str, Any]
+
+    @property
+    def topology(self) -> Topology:
+        """What the files are cut for."""
+        return Topology(self.world_size, self.ep_size, self.zero_stage)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 @dataclass(frozen=True)
@@ -145,20 +176,38 @@ class Manifest:
         for field in fields(RunIdentity):
             saved, now = getattr(self.identity, field.name), getattr(current, field.name)
             if isinstance(saved, dict):
-                keys = sorted(saved.keys() | now.keys())
+                ignored = EXECUTION_SETTINGS if field.name == "moe" else frozenset()
                 lines += [
                     f"{field.name}.{key}: the checkpoint has {saved.get(key)!r}, this run {now.get(key)!r}"
-                    for key in keys
+                    for key in sorted((saved.keys() | now.keys()) - ignored)
                     if saved.get(key) != now.get(key)
                 ]
-            elif saved != now:
+            elif saved != now and field.name not in _SPREAD:
                 lines.append(f"{field.name}: the checkpoint has {saved!r}, this run {now!r}")
+        saved, now = self.identity.global_batch, current.global_batch
+        if saved != now:
+            parts = "micro-batch size * gradient accumulation steps * ranks"
+            steps, rest = divmod(saved, current.micro_batch_size * current.world_size)
+            remedy = "" if rest else f"; --set gradient_accumulation_steps={steps} keeps it"
+            lines.append(f"global batch ({parts}): the checkpoint has {saved}, this run {now}{remedy}")
         if lines:
             listing = "\n  ".join(lines)
             raise CheckpointError(
                 f"{folder}: cannot be resumed by this run, as they differ in\n  {listing}\n"
                 "Launch with the checkpoint's values, or give this run another remoe.train.output_dir"
             )
+
+    def describe_changes(self, current: RunIdentity) -> list[str]:
+        """What a run that may resume this checkpoint does differently, for the user."""
+        saved, notes = self.identity, []
+        if saved.topology != current.topology:
+            notes.append(f"saved by {saved.topology}; resharded for {current.topology}")
+        if saved.micro_batch_size != current.micro_batch_size:
+            notes.append(
+                f"the micro-batch size was {saved.micro_batch_size} and is {current.micro_batch_size} now: balance "
+                "weights are taken per micro-batch, so the losses are not those of a run without the change"
+            )
+        return notes
 
 
 def write_atomically(path: Path, text: str) -> None:

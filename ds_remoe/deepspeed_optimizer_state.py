@@ -1,0 +1,193 @@
+"""Where DeepSpeed keeps each parameter's fp32 master and optimizer states: in a checkpoint's files and in an engine.
+
+Checked against DeepSpeed 0.19.8. ZeRO 1 and 2 flatten each group of parameters and give each rank a slice of it; at
+stage 0 the base optimizer steps the parameters themselves (fp32), or fp32 copies of them, one by one or group by group.
+All of these are slabs here: one tensor that is stepped as a whole, and the runs of parameters' elements that it holds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASTER = "master"
+"""Key of the fp32 masters, beside those of the optimizer's states."""
+MODEL_FILE = "mp_rank_00_model_states.pt"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one parameter in a slab.
+
+    Attributes:
+        name: of the rank's parameter.
+        offset: of the first of them in the slab.
+        numel: their number.
+        start: of the first of them in the flattened parameter; None where only the other ranks' slabs tell.
+    """
+
+    name: str
+    offset: int
+    numel: int
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class SavedSlab:
+    """A slab in a checkpoint file.
+
+    Attributes:
+        pieces: in it.
+        tensors: flat, by key: the masters, where the file has them, and the states with a number per element.
+        scalars: the other states, such as Adam's number of steps.
+    """
+
+    pieces: tuple[Piece, ...]
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LiveSlab:
+    """A slab of an engine.
+
+    Attributes:
+        pieces: in it, each with its start.
+        parameter: what the base optimizer steps.
+        is_master: False where that is the model's own parameter, so that there is no master besides.
+    """
+
+    pieces: tuple[Piece, ...]
+    parameter: Tensor
+    is_master: bool
+
+
+def optimizer_files(checkpoint: Path, world_size: int, ep_size: int, zero_stage: int) -> list[Path]:
+    """The files that hold the optimizer, by rank; file i is of expert-parallel rank i modulo `ep_size`.
+
+    At stage 0 there is one for each expert-parallel rank only, as its replicas hold the same.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    if zero_stage == 0:
+        files = [checkpoint / f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ep_size)]
+        if not files[0].is_file():
+            files = [checkpoint / MODEL_FILE]  # a model without experts
+    else:
+        name = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+        if (checkpoint / f"bf16_{name.format(0)}").is_file():
+            name = f"bf16_{name}"
+        files = [checkpoint / name.format(rank) for rank in range(world_size)]
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing")
+    return files
+
+
+def saved_slabs(content: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[SavedSlab]:
+    """The slabs of one of these files.
+
+    Args:
+        content: of the file.
+        sizes: elements of each parameter of the rank that wrote it, in the optimizer's order: experts last.
+
+    Raises:
+        KeyError, ValueError: the file is not as DeepSpeed 0.19.8 writes it, or of other parameters.
+    """
+    if "optimizer_state_dict" in content:
+        yield from _saved_by_zero(content["optimizer_state_dict"])
+    else:
+        yield from _saved_at_stage_0(content["optimizer"], sizes)
+
+
+def _saved_by_zero(optimizer: Mapping[str, Any]) -> Iterator[SavedSlab]:
+    base = optimizer["base_optimizer_state"]
+    for index, mapping in enumerate(optimizer["param_slice_mappings"]):
+        (parameter,) = base["param_groups"][index]["params"]
+        pieces = tuple(Piece(name, address.start, address.numel) for name, address in mapping.items())
+        yield _slab(pieces, optimizer["single_partition_of_fp32_groups"][index], base["state"].get(parameter, {}))
+
+
+def _saved_at_stage_0(optimizer: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[SavedSlab]:
+    base = optimizer.get("optimizer_state_dict", optimizer)
+    flat: list[Tensor] = list(optimizer.get("fp32_groups_flat", []))
+    masters: list[Tensor | None] = [*flat] or [master for group in optimizer.get("fp32_groups", []) for master in group]
+    parameters = [index for group in base["param_groups"] for index in group["params"]]
+    unplaced = deque(sizes.items())
+    for index, (parameter, master) in enumerate(zip(parameters, masters or [None] * len(parameters), strict=True)):
+        pieces: list[Piece] = []
+        offset = 0
+        while unplaced and (not pieces or (flat and offset < flat[index].numel())):
+            name, numel = unplaced.popleft()
+            pieces.append(Piece(name, offset, numel))
+            offset += numel
+        yield _slab(tuple(pieces), master, base["state"].get(parameter, {}))
+    if unplaced:
+        raise ValueError(f"the optimizer has no state of {unplaced[0][0]}")
+
+
+def _slab(pieces: tuple[Piece, ...], master: Tensor | None, state: Mapping[str, Any]) -> SavedSlab:
+    tensors = {} if master is None else {MASTER: master.detach().flatten()}
+    scalars = {}
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.dim() > 0:
+            tensors[key] = value.flatten()
+        else:
+            scalars[key] = value
+    end = max((piece.offset + piece.numel for piece in pieces), default=0)
+    for key, tensor in tensors.items():
+        if tensor.numel() < end:
+            raise ValueError(f"{key} has {tensor.numel()} elements, but {pieces[-1].name} ends at {end}")
+    return SavedSlab(pieces, tensors, scalars)
+
+
+def live_slabs(engine: Any) -> list[LiveSlab]:
+    """The slabs of this rank, in the order of the base optimizer's parameters.
+
+    Raises:
+        TypeError: for an optimizer that no configuration of a run leads to.
+    """
+    optimizer, names = engine.optimizer, engine.param_names
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        return [LiveSlab(tuple(_fragments(group, names)), flat, True) for group, flat in groups]
+    if hasattr(optimizer, "fp32_groups_flat"):
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
+        return [LiveSlab(tuple(_in_a_row(group, names)), flat, True) for group, flat in groups]
+    if hasattr(optimizer, "fp32_groups"):
+        both = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        pairs = (pair for models, masters in both for pair in zip(models, masters, strict=True))
+        return [LiveSlab((Piece(names[model], 0, model.numel(), 0),), master, True) for model, master in pairs]
+    if isinstance(optimizer, torch.optim.Optimizer):
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        return [LiveSlab((Piece(names[p], 0, p.numel(), 0),), p, False) for p in parameters]
+    raise TypeError(f"{type(optimizer).__name__}: where this optimizer keeps its states is not known")
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The one that steps the slabs."""
+    optimizer = engine.optimizer
+    base: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    return base
+
+
+def _fragments(group: Iterable[Any], names: Mapping[Any, str]) -> Iterator[Piece]:
+    for parameter in group:
+        fragment = parameter._hp_mapping
+        if fragment is not None:
+            inside, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+            yield Piece(names[parameter], flat.start, flat.numel, inside.start)
+
+
+def _in_a_row(group: Iterable[Tensor], names: Mapping[Any, str]) -> Iterator[Piece]:
+    offset = 0
+    for parameter in group:
+        yield Piece(names[parameter], offset, parameter.numel(), 0)
+        offset += parameter.numel()

@@ -1,0 +1,172 @@
+"""The optimizer of a checkpoint, resharded for other ranks: another world size, ep_size or ZeRO stage.
+
+A rank's parameter is a run of elements of a global tensor: all of it or, for stacked experts [L, ...] on
+expert-parallel rank j, experts j * L and following of the tensor [E, ...] of all. ZeRO's partitions are runs again. So
+resharding copies intervals: each rank reads the elements that it steps from the files that hold them, which are mapped
+into memory and not loaded, one piece of a parameter at a time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_remoe.deepspeed_checkpoint_io import load_values
+from ds_remoe.deepspeed_optimizer_state import (
+    MASTER,
+    LiveSlab,
+    SavedSlab,
+    base_optimizer,
+    live_slabs,
+    optimizer_files,
+    saved_slabs,
+)
+
+_EXPERTS = ".deepspeed_moe.experts."
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this name holds experts, so that each expert-parallel rank has others."""
+    return _EXPERTS in name
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Elements start ... start + numel - 1 of a global tensor; they lie in a slab from `offset` on."""
+
+    start: int
+    numel: int
+    slab: SavedSlab
+    offset: int
+
+
+class SavedOptimizer:
+    """The fp32 masters and optimizer states of a checkpoint by global tensor, whatever ranks saved it.
+
+    Args:
+        checkpoint: its folder; the files were checked.
+        world_size, ep_size, zero_stage: with which it was saved.
+        sizes: elements of each global tensor, in the optimizer's order: experts last.
+
+    Attributes:
+        keys: of what `read` can give: the optimizer's states, and `MASTER` where masters were saved.
+
+    Raises:
+        OSError, KeyError, ValueError: a file is missing, not as DeepSpeed writes it, or of another model.
+    """
+
+    def __init__(
+        self, checkpoint: Path, *, world_size: int, ep_size: int, zero_stage: int, sizes: Mapping[str, int]
+    ) -> None:
+        self.keys: set[str] = set()
+        self._extents: dict[str, list[_Extent]] = defaultdict(list)
+        local_sizes = {name: size // ep_size if is_expert(name) else size for name, size in sizes.items()}
+        ends: dict[tuple[str, int], int] = defaultdict(int)
+        for index, path in enumerate(optimizer_files(checkpoint, world_size, ep_size, zero_stage)):
+            for slab in saved_slabs(load_values(path, "cpu", mmap=True), local_sizes):
+                self.keys |= slab.tensors.keys()
+                for piece in slab.pieces:
+                    ep_rank = index % ep_size if is_expert(piece.name) else 0
+                    if zero_stage == 0 and index != ep_rank:
+                        continue  # the same as in the first file
+                    end = ends[piece.name, ep_rank]
+                    start = ep_rank * local_sizes[piece.name] + end
+                    self._extents[piece.name].append(_Extent(start, piece.numel, slab, piece.offset))
+                    ends[piece.name, ep_rank] = end + piece.numel
+        for name, size in sizes.items():
+            self._extents[name].sort(key=lambda extent: extent.start)
+            found = sum(extent.numel for extent in self._extents[name])
+            if found != size:
+                raise ValueError(f"{checkpoint}: holds {found} elements of {name}, but it has {size}")
+
+    def read(self, name: str, key: str, start: int, out: Tensor) -> None:
+        """Copy elements start ... start + len(out) - 1 of a global tensor into a flat one."""
+        extents = self._extents[name]
+        done = 0
+        for index, skipped, count in overlaps([extent.start for extent in extents], start, out.numel()):
+            extent = extents[index]
+            source = extent.slab.tensors[key].narrow(0, extent.offset + skipped, count)
+            out[done : done + count].copy_(source)
+            done += count
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """The states that are one number for the whole tensor, such as Adam's number of steps."""
+        return self._extents[name][0].slab.scalars
+
+
+def overlaps(starts: Sequence[int], start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Where elements start ... start + count - 1 lie, of a tensor that is cut at `starts` (rising, the first is 0).
+
+    Yields:
+        Index of a part, how many of its elements come before the wanted ones, and how many are wanted; in order.
+    """
+    end = start + count
+    index = bisect_right(starts, start) - 1
+    while start < end:
+        part_end = min(end, starts[index + 1]) if index + 1 < len(starts) else end
+        if part_end > start:
+            yield index, start - starts[index], part_end - start
+        start, index = part_end, index + 1
+
+
+def restore_optimizer(engine: Any, checkpoint: Path, *, world_size: int, ep_size: int, zero_stage: int) -> None:
+    """Give an engine the masters and states of a checkpoint that other ranks have saved; every rank calls it.
+
+    Args:
+        engine: its model already has the checkpoint's weights. Expert-parallel groups are neighbouring ranks.
+        checkpoint: its folder; the files were checked.
+        world_size, ep_size, zero_stage: with which it was saved.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError: the files are not as DeepSpeed writes them, or of another model.
+    """
+    here = _ep_size(engine)
+    local_sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
+    names = sorted(local_sizes, key=is_expert)
+    sizes = {name: local_sizes[name] * (here if is_expert(name) else 1) for name in names}
+    saved = SavedOptimizer(checkpoint, world_size=world_size, ep_size=ep_size, zero_stage=zero_stage, sizes=sizes)
+    starts = {name: dist.get_rank() % here * local_sizes[name] if is_expert(name) else 0 for name in names}
+    base = base_optimizer(engine)
+    state = {index: _restore_slab(slab, saved, starts) for index, slab in enumerate(live_slabs(engine))}
+    base.load_state_dict({"state": state, "param_groups": base.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def _restore_slab(slab: LiveSlab, saved: SavedOptimizer, starts: Mapping[str, int]) -> dict[str, Any]:
+    """Fill a slab's master, and return its states."""
+    state: dict[str, Any] = {}
+    for key in saved.keys:
+        if key == MASTER and not slab.is_master:
+            continue
+        whole = slab.parameter if key == MASTER else torch.zeros_like(slab.parameter)
+        for piece in slab.pieces:
+            assert piece.start is not None
+            out = whole.view(-1).narrow(0, piece.offset, piece.numel)
+            saved.read(piece.name, key, starts[piece.name] + piece.start, out)
+        if key != MASTER:
+            state[key] = whole
+    # A slice that is padding alone is stepped with the others.
+    names = [piece.name for piece in slab.pieces] or [next(iter(starts))]
+    scalars = saved.scalars(names[0])
+    for name in names[1:]:
+        if saved.scalars(name) != scalars:
+            raise ValueError(
+                f"{names[0]} and {name} were stepped differently ({scalars}, {saved.scalars(name)}), but ZeRO steps "
+                "them as one tensor"
+            )
+    return state | {key: value.clone() if torch.is_tensor(value) else value for key, value in scalars.items()}
+
+
+def _ep_size(engine: Any) -> int:
+    sizes = {module.ep_size for module in engine.module.modules() if hasattr(module, "expert_group_name")}
+    if len(sizes) > 1:
+        raise ValueError(f"ep_size differs between layers ({sorted(sizes)})")
+    return int(sizes.pop()) if sizes else 1
