@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ds_remoe.deepspeed_checkpoint_io import load_values
 
 MASTER = "master"
 """Key of the fp32 masters, beside those of the optimizer's states."""
 MODEL_FILE = "mp_rank_00_model_states.pt"
+_STAGE_0_FILE = "expp_rank_{}_mp_rank_00_optim_states.pt"
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,67 @@ class LiveSlab:
     is_master: bool
 
 
-def optimizer_files(checkpoint: Path, world_size: int, ep_size: int, zero_stage: int) -> list[Path]:
-    """The files that hold the optimizer, by rank; file i is of expert-parallel rank i modulo `ep_size`.
+@dataclass(frozen=True)
+class Cut:
+    """How the optimizer is cut into files.
 
-    At stage 0 there is one for each expert-parallel rank only, as its replicas hold the same.
+    Attributes:
+        zero_stage: 0, 1 or 2.
+        partitions: ranks that share the parameters outside of experts; 1 at stage 0, where each has all.
+        ep_sizes: of the layers with experts.
+    """
+
+    zero_stage: int
+    partitions: int
+    ep_sizes: frozenset[int]
+
+
+def saved_cut(checkpoint: Path) -> Cut | None:
+    """That of a checkpoint; None where it has no optimizer.
 
     Raises:
-        FileNotFoundError: one is missing.
+        OSError, KeyError: the files are not as DeepSpeed 0.19.8 writes them.
+        UnsafeFileError: loading one of them would run code.
     """
-    if zero_stage == 0:
-        files = [checkpoint / f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ep_size)]
-        if not files[0].is_file():
-            files = [checkpoint / MODEL_FILE]  # a model without experts
-    else:
-        name = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
-        if (checkpoint / f"bf16_{name.format(0)}").is_file():
-            name = f"bf16_{name}"
-        files = [checkpoint / name.format(rank) for rank in range(world_size)]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing")
-    return files
+    sharded, whole = _zero_file(checkpoint, 0), checkpoint / _STAGE_0_FILE.format(0)
+    if sharded.is_file():
+        optimizer = load_values(sharded, "cpu", mmap=True)["optimizer_state_dict"]
+        groups = optimizer["base_optimizer_state"]["param_groups"]
+        return Cut(int(optimizer["zero_stage"]), max(optimizer["partition_count"]), _ep_sizes(groups))
+    if whole.is_file():
+        optimizer = load_values(whole, "cpu", mmap=True)["optimizer"]
+        return Cut(0, 1, _ep_sizes(optimizer.get("optimizer_state_dict", optimizer)["param_groups"]))
+    # The optimizer of a model without experts stands in the file of its weights, the same for any number of ranks.
+    return Cut(0, 1, frozenset()) if (checkpoint / MODEL_FILE).is_file() else None
+
+
+def live_cut(engine: Any) -> Cut:
+    """That of the checkpoints which an engine saves."""
+    groups, stage = engine.optimizer.param_groups, int(engine.zero_optimization_stage())
+    return Cut(stage, dist.get_world_size() if stage > 0 else 1, _ep_sizes(groups))
+
+
+def _ep_sizes(groups: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    """Of the groups of experts' parameters."""
+    return frozenset(int(group["name"].removeprefix("ep_size_")) for group in groups if group.get("moe", False))
+
+
+def optimizer_files(checkpoint: Path, cut: Cut) -> list[Path]:
+    """The files that hold the optimizer, by rank; file i is of expert-parallel rank i modulo ep_size.
+
+    At stage 0 there is one for each expert-parallel rank only, as its replicas hold the same.
+    """
+    if cut.zero_stage > 0:
+        return [_zero_file(checkpoint, rank) for rank in range(cut.partitions)]
+    if not cut.ep_sizes:
+        return [checkpoint / MODEL_FILE]
+    return [checkpoint / _STAGE_0_FILE.format(rank) for rank in range(max(cut.ep_sizes))]
+
+
+def _zero_file(checkpoint: Path, rank: int) -> Path:
+    name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    of_bf16 = checkpoint / f"bf16_{name}"
+    return of_bf16 if of_bf16.is_file() else checkpoint / name
 
 
 def saved_slabs(content: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[SavedSlab]:

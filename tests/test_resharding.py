@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from forked_ranks import fork_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from test_resume import run_config
-from torch import Tensor
+from torch import Tensor, nn
 
+import ds_remoe
 from ds_remoe.bench.results_file import write_results
 from ds_remoe.config import load_run
+from ds_remoe.deepspeed_optimizer_state import saved_cut
 from ds_remoe.model.exported import load_exported
 from ds_remoe.training import runtime
 from ds_remoe.training.export import CheckpointWeights, export
@@ -95,10 +96,11 @@ def on_ranks(
 
 def state_of(checkpoint: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, int]]:
     """Every weight, master and optimizer state by name and kind, and the elements of the optimizer's tensors."""
-    identity = Manifest.read(checkpoint).identity
+    cut = saved_cut(checkpoint)
+    assert cut is not None
     weights = CheckpointWeights(checkpoint, Manifest.read(checkpoint))
     sizes = weights.optimizer_sizes()
-    saved = SavedOptimizer(checkpoint, **asdict(identity.topology), sizes=sizes)
+    saved = SavedOptimizer(checkpoint, cut, sizes)
     state = {(name, "weight"): weights.stored(name) for name in weights.shapes}
     for name, size in sizes.items():
         for key in saved.keys:
@@ -206,6 +208,41 @@ def test_an_export_is_read_by_expert_parallel_ranks(
                 name if index is None else name.replace(index[0], f"deepspeed_experts.{int(index[1]) + rank % 2 * 2}")
             )
             assert torch.equal(tensor, whole[there])
+
+
+def load_module_experts(folder: Path) -> None:
+    """On two ranks: experts that are modules one by one go to another ZeRO stage, but not to another ep_size."""
+    engines = {}
+    for ep_size, stage in ((2, 1), (2, 2), (1, 1)):
+        torch.manual_seed(0)
+        expert = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        model = nn.Sequential(nn.Linear(8, 8), ds_remoe.MoE(8, expert, num_experts=4, ep_size=ep_size))
+        optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+        config = {"train_batch_size": 2, "optimizer": optimizer, "zero_optimization": {"stage": stage}}
+        engines[ep_size, stage], *_ = ds_remoe.initialize(model=model, config=config)
+    first, other_stage, other_ep_size = engines.values()
+    output, aux_loss, _ = first(torch.randn(6, 8))
+    first.backward(output.square().mean() + aux_loss)
+    first.step()
+    first.save_checkpoint(str(folder), "first")
+    other_stage.load_checkpoint(str(folder), "first")
+    assert other_stage.remoe.controller.coefficient == first.remoe.controller.coefficient
+    other_stage.save_checkpoint(str(folder), "second")
+    with pytest.raises(ValueError, match=r"deepspeed_experts\.0\..* is of an expert that is a module of its own"):
+        other_ep_size.load_checkpoint(str(folder), "first")
+
+
+def test_experts_that_are_modules_keep_their_ep_size(tmp_path: Path) -> None:
+    codes, output = fork_ranks(load_module_experts, 2, tmp_path, log=tmp_path / "log")
+    assert codes == [0, 0], output
+    for rank in range(2):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        first, second = (torch.load(tmp_path / tag / name, weights_only=False) for tag in ("first", "second"))
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            for index in (0, 1):
+                states = [part["optimizer_state_dict"]["base_optimizer_state"]["state"] for part in (first, second)]
+                assert torch.equal(states[0][index][key], states[1][index][key])
+                assert states[0][index][key].count_nonzero() > 0
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())

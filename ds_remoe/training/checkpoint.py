@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from ds_remoe.training.manifest import (
     tag_of,
 )
 from ds_remoe.training.random_state import random_state, restore_random_state
-from ds_remoe.training.resharding import restore_optimizer
 
 
 @dataclass(frozen=True)
@@ -216,20 +215,15 @@ class Checkpoints:
         ]
 
     def _read(self, engine: Any, choice: Choice) -> None:
-        saved = choice.manifest.identity.topology
-        reshard = saved != self.identity.topology
         with loading_values_only(engine):
-            folder, tag = str(choice.path.parent), choice.path.name
-            path, _ = engine.load_checkpoint(folder, tag, load_optimizer_states=not reshard)
+            path, _ = engine.load_checkpoint(str(choice.path.parent), choice.path.name)
         if path is None or engine.global_steps != choice.manifest.step:
             raise CheckpointError(
                 f"DeepSpeed loaded step {engine.global_steps}, but the manifest says {choice.manifest.step}; the files "
                 "are of another step"
             )
-        if reshard:
-            restore_optimizer(engine, choice.path, **asdict(saved))
         state = choice.path / _random_state_file()
-        if state.name in choice.manifest.files or not reshard:
+        if state.exists() or choice.manifest.identity.world_size == self.identity.world_size:
             restore_random_state(torch.load(state, weights_only=True))
 
     def _candidates(self, resume: str) -> list[Path]:

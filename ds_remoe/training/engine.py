@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import deepspeed
 from pydantic import ValidationError
@@ -26,22 +26,10 @@ from ds_remoe.deepspeed_compat import (
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.sparsity import SparsityController, find_routers
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
+from ds_remoe.training.engine_checkpoints import Carried, tie_checkpoints
 from ds_remoe.training.guard import SkipReason, StepGuard
 
-CLIENT_STATE_KEY = "ds_remoe_sparsity"
 GUARD_KEY = "ds_remoe_step_guard"
-
-
-class Carried(Protocol):
-    """Something whose state checkpoints carry as plain values, the same on every rank."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue exactly."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        ...
 
 
 class RoutingState:
@@ -137,7 +125,7 @@ def initialize(
     engine = results[0]
     engine.remoe = state
     _tie_step(engine, state)
-    _tie_checkpoints(engine, state)
+    tie_checkpoints(engine, state.controller, state.carried)
     return results
 
 
@@ -211,54 +199,3 @@ def _tie_step(engine: Any, state: RoutingState) -> None:
         return result
 
     engine._take_model_step = take_model_step
-
-
-def _tie_checkpoints(engine: Any, state: RoutingState) -> None:
-    controller = state.controller
-    save, load = engine.save_checkpoint, engine.load_checkpoint
-
-    @functools.wraps(save)
-    def save_checkpoint(
-        save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        ours = {key: part.state_dict() for key, part in state.carried.items()}
-        if controller is not None:
-            ours[CLIENT_STATE_KEY] = controller.state_dict()
-        return save(save_dir, tag, {**(client_state or {}), **ours}, *args, **kwargs)
-
-    @functools.wraps(load)
-    def load_checkpoint(
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> Any:
-        path, client_state = load(
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
-        )
-        saved = {key: client_state.pop(key, None) for key in state.carried} if client_state is not None else {}
-        for key, part in state.carried.items():
-            if saved.get(key) is not None and not load_module_only:
-                part.load_state_dict(saved[key])
-        if controller is None:
-            return path, client_state
-        sparsity = client_state.pop(CLIENT_STATE_KEY, None) if client_state is not None else None
-        if sparsity is not None:
-            controller.load_state_dict(sparsity)
-        elif path is not None and not load_module_only:
-            raise ValueError(
-                f"{path}: holds no ReMoE sparsity state ({CLIENT_STATE_KEY!r}), as it was not saved through "
-                "ds_remoe.initialize; λ would start anew. Load its weights alone with load_module_only=True"
-            )
-        return path, client_state
-
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint

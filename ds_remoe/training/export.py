@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import ds_remoe
 from ds_remoe.deepspeed_checkpoint_io import load_values
-from ds_remoe.deepspeed_optimizer_state import MASTER, MODEL_FILE
+from ds_remoe.deepspeed_optimizer_state import MASTER, MODEL_FILE, saved_cut
 from ds_remoe.model.exported import CONFIG, INDEX, WEIGHTS
 from ds_remoe.moe.experts import DOWN, GATE, UP
 from ds_remoe.training.manifest import CheckpointError, Manifest, sync_folder, write_atomically
@@ -41,7 +40,7 @@ class CheckpointWeights:
     """
 
     def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
-        self._checkpoint, self._topology = checkpoint, manifest.identity.topology
+        self._checkpoint = checkpoint
         self._trained_in_fp32 = manifest.identity.dtype == "fp32"
         content = load_values(checkpoint / MODEL_FILE, "cpu", mmap=True)
         self._weights: dict[str, Tensor] = dict(content["module"])
@@ -61,8 +60,9 @@ class CheckpointWeights:
         if dtype != torch.float32 or self._trained_in_fp32 or stored.dtype == torch.float32:
             return stored.to(dtype, copy=True).contiguous()
         if self._saved is None:
-            sizes = self.optimizer_sizes()
-            self._saved = SavedOptimizer(self._checkpoint, **asdict(self._topology), sizes=sizes)
+            cut = saved_cut(self._checkpoint)
+            assert cut is not None
+            self._saved = SavedOptimizer(self._checkpoint, cut, self.optimizer_sizes())
         master = torch.empty(stored.numel())
         self._saved.read(*self._place(name), master)
         return master.view(stored.shape)

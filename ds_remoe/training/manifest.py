@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ds_remoe.training.topology import Topology
+
 MANIFEST = "ds_remoe_manifest.json"
 TAG = re.compile(r"step(\d{8})")
 FORMAT = 2
@@ -27,19 +29,6 @@ class CheckpointSaveError(CheckpointError):
 def tag_of(step: int) -> str:
     """Name of the checkpoint after optimizer step `step`."""
     return f"step{step:08d}"
-
-
-@dataclass(frozen=True)
-class Topology:
-    """What DeepSpeed's files are cut for."""
-
-    world_size: int
-    ep_size: int
-    zero_stage: int
-
-    def __str__(self) -> str:
-        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{ranks}, ep_size {self.ep_size}, ZeRO {self.zero_stage}"
 
 
 EXECUTION_SETTINGS = frozenset({"ep_size", "activation_budget", "wire_dtype", "hierarchical_all_to_all"})

@@ -8,6 +8,7 @@ into memory and not loaded, one piece of a parameter at a time.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,15 +23,19 @@ from torch import Tensor
 from ds_remoe.deepspeed_checkpoint_io import load_values
 from ds_remoe.deepspeed_optimizer_state import (
     MASTER,
+    Cut,
     LiveSlab,
     SavedSlab,
     base_optimizer,
+    live_cut,
     live_slabs,
     optimizer_files,
+    saved_cut,
     saved_slabs,
 )
 
 _EXPERTS = ".deepspeed_moe.experts."
+_ONE_BY_ONE = re.compile(r"\.deepspeed_experts\.\d+\.")
 
 
 def is_expert(name: str) -> bool:
@@ -53,7 +58,7 @@ class SavedOptimizer:
 
     Args:
         checkpoint: its folder; the files were checked.
-        world_size, ep_size, zero_stage: with which it was saved.
+        saved_by: how it is cut.
         sizes: elements of each global tensor, in the optimizer's order: experts last.
 
     Attributes:
@@ -63,14 +68,13 @@ class SavedOptimizer:
         OSError, KeyError, ValueError: a file is missing, not as DeepSpeed writes it, or of another model.
     """
 
-    def __init__(
-        self, checkpoint: Path, *, world_size: int, ep_size: int, zero_stage: int, sizes: Mapping[str, int]
-    ) -> None:
+    def __init__(self, checkpoint: Path, saved_by: Cut, sizes: Mapping[str, int]) -> None:
+        ep_size, zero_stage = max(saved_by.ep_sizes, default=1), saved_by.zero_stage
         self.keys: set[str] = set()
         self._extents: dict[str, list[_Extent]] = defaultdict(list)
         local_sizes = {name: size // ep_size if is_expert(name) else size for name, size in sizes.items()}
         ends: dict[tuple[str, int], int] = defaultdict(int)
-        for index, path in enumerate(optimizer_files(checkpoint, world_size, ep_size, zero_stage)):
+        for index, path in enumerate(optimizer_files(checkpoint, saved_by)):
             for slab in saved_slabs(load_values(path, "cpu", mmap=True), local_sizes):
                 self.keys |= slab.tensors.keys()
                 for piece in slab.pieces:
@@ -117,26 +121,44 @@ def overlaps(starts: Sequence[int], start: int, count: int) -> Iterator[tuple[in
         start, index = part_end, index + 1
 
 
-def restore_optimizer(engine: Any, checkpoint: Path, *, world_size: int, ep_size: int, zero_stage: int) -> None:
+def restore_optimizer(engine: Any, checkpoint: Path) -> None:
     """Give an engine the masters and states of a checkpoint that other ranks have saved; every rank calls it.
 
     Args:
         engine: its model already has the checkpoint's weights. Expert-parallel groups are neighbouring ranks.
-        checkpoint: its folder; the files were checked.
-        world_size, ep_size, zero_stage: with which it was saved.
+        checkpoint: its folder.
 
     Raises:
-        OSError, KeyError, TypeError, ValueError: the files are not as DeepSpeed writes them, or of another model.
+        OSError, KeyError, TypeError, ValueError: the files are not as DeepSpeed writes them, of another model, or have
+            experts that cannot be resharded.
     """
-    here = _ep_size(engine)
+    saved_by, here = saved_cut(checkpoint), live_cut(engine)
+    assert saved_by is not None
     local_sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
     names = sorted(local_sizes, key=is_expert)
-    sizes = {name: local_sizes[name] * (here if is_expert(name) else 1) for name in names}
-    saved = SavedOptimizer(checkpoint, world_size=world_size, ep_size=ep_size, zero_stage=zero_stage, sizes=sizes)
-    starts = {name: dist.get_rank() % here * local_sizes[name] if is_expert(name) else 0 for name in names}
+    _check_experts(checkpoint, names, saved_by, here)
+    ep_size = max(here.ep_sizes, default=1)
+    sizes = {name: local_sizes[name] * (ep_size if is_expert(name) else 1) for name in names}
+    saved = SavedOptimizer(checkpoint, saved_by, sizes)
+    starts = {name: dist.get_rank() % ep_size * local_sizes[name] if is_expert(name) else 0 for name in names}
     base = base_optimizer(engine)
     state = {index: _restore_slab(slab, saved, starts) for index, slab in enumerate(live_slabs(engine))}
     base.load_state_dict({"state": state, "param_groups": base.state_dict()["param_groups"]})
+
+
+def _check_experts(checkpoint: Path, names: Sequence[str], saved_by: Cut, here: Cut) -> None:
+    """Experts are cut by one ep_size, and where it changes they are stacked tensors."""
+    for cut in (saved_by, here):
+        if len(cut.ep_sizes) > 1:
+            raise ValueError(
+                f"{checkpoint}: its layers have several ep_sizes, {sorted(cut.ep_sizes)}, which cannot be resharded; "
+                "load it with the ranks and the ZeRO stage that saved it"
+            )
+    for name in filter(_ONE_BY_ONE.search, names) if saved_by.ep_sizes != here.ep_sizes else ():
+        raise ValueError(
+            f"{checkpoint}: {name} is of an expert that is a module of its own, and only experts that are "
+            f"ds_remoe.SwiGLU can be resharded to another ep_size; load it with ep_size {max(saved_by.ep_sizes)}"
+        )
 
 
 @torch.no_grad()
@@ -163,10 +185,3 @@ def _restore_slab(slab: LiveSlab, saved: SavedOptimizer, starts: Mapping[str, in
                 "them as one tensor"
             )
     return state | {key: value.clone() if torch.is_tensor(value) else value for key, value in scalars.items()}
-
-
-def _ep_size(engine: Any) -> int:
-    sizes = {module.ep_size for module in engine.module.modules() if hasattr(module, "expert_group_name")}
-    if len(sizes) > 1:
-        raise ValueError(f"ep_size differs between layers ({sorted(sizes)})")
-    return int(sizes.pop()) if sizes else 1
