@@ -73,9 +73,12 @@ def load_values(path: str | Path, map_location: Any = None, *, mmap: bool = Fals
 
 @contextmanager
 def loading_values_only(engine: Any) -> Iterator[None]:
-    """Within it, `engine.load_checkpoint` reads every file with `load_values`."""
+    """Within it, `engine.load_checkpoint` reads every file with `load_values`.
+
+    Experts' files are mapped, as their content is copied into the model; others may be kept by the optimizer.
+    """
     reader = engine.checkpoint_engine
-    reader.load = load_values
+    reader.load = lambda path, map_location=None: load_values(path, map_location, mmap="_expert_" in Path(path).name)
     try:
         yield
     finally:
