@@ -27,8 +27,18 @@ PLAIN_CLASSES: Final = (
 """Classes in the ZeRO optimizer's files besides tensors and builtins: holders of numbers, without code of their own."""
 
 
+_GETATTR: Final = "builtins.getattr"
+
+
 class UnsafeFileError(RuntimeError):
     """A file holds something else than tensors and plain values."""
+
+
+def _enum_member(kind: Any, name: Any) -> Enum:
+    """What getattr may do while a file is loaded: Python 3.11.2 pickles an enumeration's member as a call of it."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise UnsafeFileError(f"loading it would take the attribute {name!r} of {kind!r}")
 
 
 def unsafe_globals(path: Path) -> list[str]:
@@ -46,7 +56,7 @@ def unsafe_globals(path: Path) -> list[str]:
     except Exception as error:
         # Whatever the disassembler stumbles over, torch.save did not write it.
         raise UnsafeFileError(f"{path}: not a file of torch.save ({type(error).__name__}: {error})") from error
-    return sorted(set(found) - set(PLAIN_CLASSES))
+    return sorted(set(found) - {*PLAIN_CLASSES, _GETATTR})
 
 
 def load_values(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
@@ -65,8 +75,10 @@ def load_values(path: str | Path, map_location: Any = None, *, mmap: bool = Fals
         module, _, attribute = name.rpartition(".")
         classes.append(getattr(import_module(module), attribute))
     try:
-        with torch.serialization.safe_globals(classes):
+        with torch.serialization.safe_globals([*classes, (_enum_member, _GETATTR)]):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path}: {error}; it is refused") from error
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(f"{path}: refused: {str(error).splitlines()[-1]}") from error
 

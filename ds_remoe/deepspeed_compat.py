@@ -27,6 +27,7 @@ __all__ = [
     "PipelineModule",
     "clip_gradients",
     "gradients_are_whole",
+    "import_muon_uncompiled",
     "launched_rank",
     "loss_scale",
     "loss_scale_is_dynamic",
@@ -62,6 +63,22 @@ def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
 def launched_rank() -> int:
     """This process's global rank, also before a process group exists (the launcher sets RANK)."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without having its kernels compiled; for runs with another optimizer.
+
+    ZeRO imports it to ask whether the optimizer is one, and the compiler that its decorators load takes seconds of
+    every rank's start. Where it was imported before, nothing changes.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda *args, **kwargs: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_function
 
 
 def use_gloo_only() -> None:

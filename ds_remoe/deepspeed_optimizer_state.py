@@ -98,7 +98,8 @@ def saved_cut(checkpoint: Path) -> Cut | None:
     if sharded.is_file():
         optimizer = load_values(sharded, "cpu", mmap=True)["optimizer_state_dict"]
         groups = optimizer["base_optimizer_state"]["param_groups"]
-        return Cut(int(optimizer["zero_stage"]), max(optimizer["partition_count"]), _ep_sizes(groups))
+        # BF16_Optimizer, which serves stage 1 with fp32 gradients, does not write its stage.
+        return Cut(int(optimizer.get("zero_stage", 1)), max(optimizer["partition_count"]), _ep_sizes(groups))
     if whole.is_file():
         optimizer = load_values(whole, "cpu", mmap=True)["optimizer"]
         return Cut(0, 1, _ep_sizes(optimizer.get("optimizer_state_dict", optimizer)["param_groups"]))
@@ -153,6 +154,7 @@ def saved_slabs(content: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterato
 
 def _saved_by_zero(optimizer: Mapping[str, Any]) -> Iterator[SavedSlab]:
     base = optimizer["base_optimizer_state"]
+    _check_not_muon(base["param_groups"])
     for index, mapping in enumerate(optimizer["param_slice_mappings"]):
         (parameter,) = base["param_groups"][index]["params"]
         pieces = tuple(Piece(name, address.start, address.numel) for name, address in mapping.items())
@@ -164,6 +166,14 @@ def _saved_at_stage_0(optimizer: Mapping[str, Any], sizes: Mapping[str, int]) ->
     flat: list[Tensor] = list(optimizer.get("fp32_groups_flat", []))
     masters: list[Tensor | None] = [*flat] or [master for group in optimizer.get("fp32_groups", []) for master in group]
     parameters = [index for group in base["param_groups"] for index in group["params"]]
+    if not flat and len(parameters) > len(sizes):
+        # A plain optimizer may have been given frozen parameters as well, which have no state.
+        parameters = [index for index in parameters if index in base["state"]] or parameters[: len(sizes)]
+    if not flat and len(parameters) != len(sizes):
+        raise ValueError(
+            f"the optimizer has states of {len(parameters)} parameters, but {len(sizes)} are trained here; freeze the "
+            "same ones, and see that each had a gradient before the checkpoint"
+        )
     unplaced = deque(sizes.items())
     for index, (parameter, master) in enumerate(zip(parameters, masters or [None] * len(parameters), strict=True)):
         pieces: list[Piece] = []
@@ -172,7 +182,14 @@ def _saved_at_stage_0(optimizer: Mapping[str, Any], sizes: Mapping[str, int]) ->
             name, numel = unplaced.popleft()
             pieces.append(Piece(name, offset, numel))
             offset += numel
-        yield _slab(tuple(pieces), master, base["state"].get(parameter, {}))
+        slab = _slab(tuple(pieces), master, base["state"].get(parameter, {}))
+        for key, tensor in slab.tensors.items():
+            if tensor.numel() != offset:
+                raise ValueError(
+                    f"{key} of {pieces[-1].name} has {tensor.numel()} elements, but it has {offset}; the optimizer's "
+                    "parameters stood in another order"
+                )
+        yield slab
     if unplaced:
         raise ValueError(f"the optimizer has no state of {unplaced[0][0]}")
 
@@ -200,7 +217,12 @@ def live_slabs(engine: Any) -> list[LiveSlab]:
     """
     optimizer, names = engine.optimizer, engine.param_names
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        _check_not_muon(optimizer.param_groups)
         groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        return [LiveSlab(tuple(_fragments(group, names)), flat, True) for group, flat in groups]
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        _check_not_muon(optimizer.param_groups)
+        groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True)
         return [LiveSlab(tuple(_fragments(group, names)), flat, True) for group, flat in groups]
     if hasattr(optimizer, "fp32_groups_flat"):
         groups = zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
@@ -215,11 +237,27 @@ def live_slabs(engine: Any) -> list[LiveSlab]:
     raise TypeError(f"{type(optimizer).__name__}: where this optimizer keeps its states is not known")
 
 
+def trained_names(engine: Any) -> list[str]:
+    """This rank's trained parameters in the order of the optimizer's groups: experts last."""
+    optimizer, names = engine.optimizer, engine.param_names
+    for groups in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(optimizer, groups):
+            return [names[parameter] for group in getattr(optimizer, groups) for parameter in group]
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [names[parameter] for parameter in parameters if parameter.requires_grad]
+
+
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The one that steps the slabs."""
     optimizer = engine.optimizer
     base: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     return base
+
+
+def _check_not_muon(groups: Iterable[Mapping[str, Any]]) -> None:
+    """ZeRO lays Muon's momenta out by whole matrices, not as it does the partition."""
+    if any(group.get("use_muon", False) for group in groups):
+        raise TypeError("Muon's states cannot be resharded at ZeRO stages 1 and 2")
 
 
 def _fragments(group: Iterable[Any], names: Mapping[Any, str]) -> Iterator[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ds_remoe.kernels.backend import on_its_device
 from ds_remoe.kernels.swiglu import torch_weighted_swiglu, torch_weighted_swiglu_backward
 
 SHAPES = [(1, 1), (3, 5), (17, 64), (8, 100), (2, 2049)]
@@ -30,6 +32,26 @@ def test_twin_against_autograd(rows: int, width: int) -> None:
     torch.testing.assert_close(grad_gate_up, gate_up.grad)
     torch.testing.assert_close(grad_weights, weights.grad)
     torch.testing.assert_close(out, expected.detach())
+
+
+def test_kernels_are_launched_on_the_device_of_their_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor):  # type: ignore[no-untyped-def]
+        entered.append(tensor)
+        yield
+        entered.clear()
+
+    @on_its_device
+    def launch(nothing: None, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        assert entered[0] is first
+        return second
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    second = torch.ones(2)
+    assert launch(None, torch.zeros(1), second) is second
+    assert not entered
 
 
 def compare_with_twin(device: str) -> None:

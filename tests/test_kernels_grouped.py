@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 
 import numpy as np
@@ -192,6 +195,28 @@ def test_the_kernels_compile_for_a_gpu() -> None:
         compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "num_stages": 3})
         assert "wgmma.mma_async" in compiled.asm["ptx"], names
         assert "cp.async" in compiled.asm["ptx"], names
+
+
+def test_ranks_of_a_machine_take_the_timings_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from ds_remoe.kernels.grouped_swiglu_triton_tuning import one_at_a_time
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kept, together = tmp_path / "timings", Barrier(4)
+
+    def read_or_time(rank: int) -> bool:
+        if kept.exists():
+            return True
+        time.sleep(0.05)
+        kept.write_text(str(rank))
+        return False
+
+    def start(rank: int) -> bool:
+        together.wait()
+        return one_at_a_time(read_or_time)(rank)
+
+    with ThreadPoolExecutor(4) as ranks:
+        assert sorted(ranks.map(start, range(4))) == [False, True, True, True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the interpreter covers the logic")

@@ -241,12 +241,20 @@ def test_command_writes_plan_and_picture_for_several_clusters(
     assert "exists" in capsys.readouterr().err
 
 
+def test_command_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["plan", str(CONFIGS / "remoe_182m.json"), "--output", str(tmp_path / "file" / "plan.json")]) == 1
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
         (["--gpu", "h300"], "--gpu h300: unknown; known are a100-40gb"),
         (["--check", "1"], "--check: trains on one rank"),
         (["--gemm-efficiency", "1.2"], "--gemm-efficiency 1.2: must be a share"),
+        (["--density", "0.01"], "--density 0.01: less than the settled k/E = 0.125"),
+        (["--picture", "plan.txt"], "--picture plan.txt: must be the name of a .png file"),
         (["--nodes", "3"], "train_batch_size = 512"),
         (["--set", "remoe.moe.ep_size=3"], "remoe.moe.ep_size = 3"),
     ],

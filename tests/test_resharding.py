@@ -16,6 +16,7 @@ import torch
 from forked_ranks import fork_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from test_resume import run_config
 from torch import Tensor, nn
 
@@ -208,6 +209,31 @@ def test_an_export_is_read_by_expert_parallel_ranks(
                 name if index is None else name.replace(index[0], f"deepspeed_experts.{int(index[1]) + rank % 2 * 2}")
             )
             assert torch.equal(tensor, whole[there])
+
+
+def test_an_export_that_fails_leaves_nothing(
+    handed_on: tuple[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = handed_on[1][0]
+
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"begun")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("ds_remoe.training.export.save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors: could not be written .*No space left"):
+        export(checkpoint, Manifest.read(checkpoint), tmp_path / "export", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_read_without_the_wire_that_it_was_trained_with(
+    handed_on: tuple[str, list[Path]], tmp_path: Path
+) -> None:
+    checkpoint = handed_on[1][0]
+    manifest = Manifest.read(checkpoint)
+    manifest.identity.moe.update(wire_dtype="bf16", hierarchical_all_to_all=True)
+    export(checkpoint, manifest, tmp_path / "export", "fp32")
+    load_exported(tmp_path / "export")
 
 
 def load_module_experts(folder: Path) -> None:

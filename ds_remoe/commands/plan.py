@@ -72,27 +72,35 @@ def plan(arguments: argparse.Namespace) -> int:
         print(complaint, file=sys.stderr)
         return 2
     console = make_console()
-    plans, refused = _plans(arguments)
+    try:
+        plans, refused = _plans(arguments)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     console.print(show(plans[0]), highlight=False)
     if len(arguments.nodes) > 1:
         console.print(show_scaling(plans, refused), highlight=False)
     figures: dict[str, Any] = {"plans": [as_figures(one) for one in plans], "refused": refused}
     if arguments.check:
         figures["check"] = _check(plans[0], arguments.check, console)
-    if arguments.picture:
-        from ds_remoe.planning.picture import plot_memory
+    try:
+        if arguments.picture:
+            from ds_remoe.planning.picture import plot_memory
 
-        console.print(f"written: {plot_memory(plans[0], Path(arguments.picture))}", highlight=False)
-    if output is not None:
-        from ds_remoe.planning.check import WHAT as CHECKED
+            console.print(f"written: {plot_memory(plans[0], Path(arguments.picture))}", highlight=False)
+        if output is not None:
+            from ds_remoe.planning.check import WHAT as CHECKED
 
-        what = (
-            CHECKED
-            if arguments.check
-            else "The plan of a run: bytes and seconds by formula, nothing measured but rates."
-        )
-        write_results(output, what, ["ds-remoe", *sys.argv[1:]], figures)
-        console.print(f"written: {output}", highlight=False)
+            what = (
+                CHECKED
+                if arguments.check
+                else "The plan of a run: bytes and seconds by formula, nothing measured but rates."
+            )
+            write_results(output, what, ["ds-remoe", *sys.argv[1:]], figures)
+            console.print(f"written: {output}", highlight=False)
+    except OSError as error:
+        print(f"{error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -103,6 +111,8 @@ def _usage_problem(arguments: argparse.Namespace, known: list[str], exists: bool
         return f"--gpu {arguments.gpu}: unknown; known are {', '.join(known)}; another's figures can be given by option"
     if arguments.check and (arguments.nodes != [1] or arguments.gpus_per_node != 1):
         return "--check: trains on one rank; add --nodes 1 --gpus-per-node 1"
+    if arguments.picture and not arguments.picture.lower().endswith(".png"):
+        return f"--picture {arguments.picture}: must be the name of a .png file"
     for name in ("gemm_efficiency", "density"):
         value = getattr(arguments, name)
         if value is not None and value > 1:
@@ -115,6 +125,7 @@ def _plans(arguments: argparse.Namespace) -> tuple[list[Plan], dict[int, str]]:
 
     Raises:
         ConfigError: it can use none of them.
+        ValueError: --density is none of a dense stage.
     """
     from ds_remoe.commands.config import read_vocab_size
     from ds_remoe.planning.hardware import Cluster
@@ -134,6 +145,10 @@ def _plans(arguments: argparse.Namespace) -> tuple[list[Plan], dict[int, str]]:
     vocabulary = read_vocab_size(run)
     hardware = _hardware(arguments, run, vocabulary, first)
     densities = stage_densities(run.remoe.moe, arguments.density or DENSE_STAGE_DENSITY)
+    if arguments.density and arguments.density not in densities.values():
+        settled = f"k/E = {densities['III']:g}"
+        problem = "only a ReLU router has a dense stage" if "I" not in densities else f"less than the settled {settled}"
+        raise ValueError(f"--density {arguments.density:g}: {problem}; leave it out")
     plans = [
         make_plan(run, vocabulary, Cluster(nodes, arguments.gpus_per_node, hardware), densities)
         for nodes, run in runs.items()
@@ -187,7 +202,10 @@ def _check(plan: Plan, steps: int, console: Console) -> dict[str, Any]:
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

@@ -5,9 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def use_triton(tensor: Tensor) -> bool:
@@ -18,6 +23,17 @@ def use_triton(tensor: Tensor) -> bool:
     if tensor.dtype == torch.float64 or tensor.numel() == 0 or not kernels_wanted():
         return False
     return (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+
+
+def on_its_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: run with the device of the first tensor argument as the current one, where Triton launches."""
+
+    @functools.wraps(launch)
+    def launched(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.cuda.device_of(next(argument for argument in args if isinstance(argument, Tensor))):
+            return launch(*args, **kwargs)
+
+    return launched
 
 
 @functools.cache

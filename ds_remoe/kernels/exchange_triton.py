@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_remoe.kernels.backend import on_its_device
 from ds_remoe.kernels.exchange import Packed, PeerPrefix, Prefix, mask_words
 
 MAX_BLOCK = 2048
@@ -148,6 +149,7 @@ def _combine_kernel(remote, local, prefix_rows, out, tokens, width, peers, BLOCK
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
+@on_its_device
 def pack(
     x_TD: Tensor,
     weights_TE: Tensor,
@@ -191,6 +193,7 @@ def pack(
     return Packed(rows, words, row_tokens_N, weight_ids_K)
 
 
+@on_its_device
 def unpack(
     words: Tensor, arrived: PeerPrefix, expert_starts_L: Tensor, num_pairs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,6 +217,7 @@ def unpack(
     return row_ids_M, weights_M, positions_M
 
 
+@on_its_device
 def combine_rows(remote: Tensor, local: Tensor, prefix_rows: Tensor, num_tokens: int) -> Tensor:
     """See ds_remoe.kernels.exchange.combine_rows."""
     width = local.shape[1]

@@ -39,6 +39,8 @@ def why_not(rows: Tensor, gate_up: Tensor) -> str | None:
 
 def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.forward; `why_not` must be None."""
+    if len(groups.weights_M) == 0:
+        return rows.new_empty(0, gate_up.shape[1])
     ends_L = _ends(groups, rows.device)
     pre_activation = _up_projection(rows, groups, gate_up, ends_L)
     hidden = weighted_swiglu(pre_activation, groups.weights_M)
@@ -48,6 +50,8 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
 
 def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.up_projection; `why_not` must be None."""
+    if len(groups.weights_M) == 0:
+        return rows.new_empty(0, gate_up.shape[1])
     return _up_projection(rows, groups, gate_up, _ends(groups, rows.device))
 
 
@@ -64,6 +68,11 @@ def backward(
     accumulate: bool = False,
 ) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.backward; `why_not` must be None."""
+    if len(groups.weights_M) == 0:  # CUDA's kernel refuses a sum over nothing (pytorch/pytorch 192497)
+        if not accumulate:
+            grad_gate_up.zero_()
+            grad_down.zero_()
+        return torch.zeros_like(groups.weights_M)
     ends_L = _ends(groups, rows.device)
     grad_pair_out = grad_out.index_select(0, groups.out_row_ids_M)
     grad_hidden = F.grouped_mm(grad_pair_out, down, offs=ends_L)

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ds_remoe.kernels import grouped_swiglu_triton_kernels as kernels
+from ds_remoe.kernels.backend import on_its_device
 
 MAX_BLOCK = 1024
 
@@ -33,6 +34,7 @@ class RowSegments:
         return cls(pairs_M, torch.searchsorted(sorted_M, rows))
 
 
+@on_its_device
 def add_segments(pair_rows_MD: Tensor, segments: RowSegments, out_RD: Tensor) -> None:
     """out[r] += Σ over the pairs m of r of pair_rows[m], in the order of the pairs and in fp32."""
     num_rows, width = out_RD.shape

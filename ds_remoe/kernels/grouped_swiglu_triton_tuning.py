@@ -1,17 +1,21 @@
 """Block shapes of the grouped SwiGLU's Triton kernels: which there are, and how a device gets its own.
 
 A kernel is timed with each shape when it first meets a (sizes, dtype, tile height) on a device, and Triton keeps the
-timings on the disk (TRITON_CACHE_DIR), so that a resumed run takes the same shapes and gives the same bits. On several
-machines without a shared cache two devices may settle on different shapes, whose sums may differ in the last bit:
-DS_REMOE_AUTOTUNE=off takes the first shape that fits the device, without timing.
+timings on the disk (TRITON_CACHE_DIR), so that a resumed run takes the same shapes and gives the same bits. The ranks
+of a machine tune one after the other, so that the first one's timings serve them all. On several machines without a
+shared cache two devices may settle on different shapes, whose sums may differ in the last bit: DS_REMOE_AUTOTUNE=off
+takes the first shape that fits the device.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,15 +65,36 @@ def tuned(
         options: dict[str, Any] = {}
         if "cache_results" in inspect.signature(triton.autotune).parameters:  # from Triton 3.4
             options["cache_results"] = True
-        return triton.autotune(
+        tuner = triton.autotune(
             configs=configs,
             key=list(key),
             prune_configs_by={"early_config_prune": functools.partial(_that_fit, matrices, max_sums)},
             restore_value=list(restore) or None,
             **options,
         )(kernel)
+        if "cache_results" in options and not INTERPRETED:
+            tuner.check_disk_cache = one_at_a_time(tuner.check_disk_cache)
+        return tuner
 
     return decorate
+
+
+def one_at_a_time(read_or_time: Callable[..., bool]) -> Callable[..., bool]:
+    """`read_or_time`, which reads a kernel's timings from Triton's cache or makes them, behind a lock of that cache.
+
+    Otherwise the ranks of a machine would each time for themselves, and take other shapes than a resume finds.
+    """
+
+    @functools.wraps(read_or_time)
+    def locked(*arguments: Any) -> bool:
+        folder = Path(triton.knobs.cache.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "ds_remoe_autotune.lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return read_or_time(*arguments)
+
+    return locked
 
 
 def dot_precision(dtype: torch.dtype) -> str:

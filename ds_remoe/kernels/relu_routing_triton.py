@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_remoe.kernels.backend import on_its_device
+
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 8192
 WANTED_BLOCK = 1024
 MOST_BLOCKS = 64
@@ -102,6 +104,7 @@ def _activate_backward(
     tl.store(out + place, tl.where(active, total, 0.0), mask=inside)
 
 
+@on_its_device
 def activate_(logits_ET: Tensor, used_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ds_remoe.kernels.relu_routing.activate_; the fields of `Activation` in their order."""
     experts, tokens = logits_ET.shape
@@ -135,6 +138,7 @@ def activate_(logits_ET: Tensor, used_T: Tensor | None) -> tuple[Tensor, Tensor,
     return mask_ET, counts_E, weight_sums_E, block_starts
 
 
+@on_its_device
 def activate_backward(grad_weights_ET: Tensor | None, grad_weight_sums_E: Tensor | None, mask_ET: Tensor) -> Tensor:
     """See ds_remoe.kernels.relu_routing.activate_backward; one of the gradients is there."""
     experts, tokens = mask_ET.shape
@@ -154,6 +158,7 @@ def activate_backward(grad_weights_ET: Tensor | None, grad_weight_sums_E: Tensor
     return out
 
 
+@on_its_device
 def compact(weights_ET: Tensor, mask_ET: Tensor, block_starts: Tensor, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """See ds_remoe.kernels.relu_routing.compact; token ids, expert ids and weights."""
     experts, tokens = mask_ET.shape
@@ -176,6 +181,7 @@ def compact(weights_ET: Tensor, mask_ET: Tensor, block_starts: Tensor, num_pairs
     return token_ids_N, expert_ids_N, weights_N
 
 
+@on_its_device
 def compact_backward(grad_weights_N: Tensor, mask_ET: Tensor, block_starts: Tensor) -> Tensor:
     """See ds_remoe.kernels.relu_routing.compact_backward."""
     experts, tokens = mask_ET.shape

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_remoe.kernels.backend import on_its_device
+
 MAX_BLOCK = 2048
 
 
@@ -50,6 +52,7 @@ def _backward_kernel(grad, gate_up, weights, grad_gate_up, grad_weights, out, wi
     tl.store(grad_weights + row, tl.sum(total, axis=0))
 
 
+@on_its_device
 def forward(gate_up_N2H: Tensor, weights_N: Tensor) -> Tensor:
     """See ds_remoe.kernels.swiglu.weighted_swiglu."""
     rows, width = gate_up_N2H.shape[0], gate_up_N2H.shape[1] // 2
@@ -59,6 +62,7 @@ def forward(gate_up_N2H: Tensor, weights_N: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def backward(grad_NH: Tensor, gate_up_N2H: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ds_remoe.kernels.swiglu.weighted_swiglu_backward."""
     rows, width = grad_NH.shape

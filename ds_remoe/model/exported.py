@@ -43,7 +43,9 @@ def load_exported(
     described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     try:
         model = ModelConfig.model_validate(described["model"])
-        moe = MoEConfig.model_validate({**described["moe"], "ep_size": ep_size})
+        # Without expert parallelism there is no wire; the layers refuse its settings then.
+        wire = {} if ep_size > 1 else {"wire_dtype": "auto", "hierarchical_all_to_all": False}
+        moe = MoEConfig.model_validate({**described["moe"], **wire, "ep_size": ep_size})
     except (KeyError, ValidationError) as error:
         raise ValueError(f"{folder / CONFIG}: not of a model of this release ({error})") from error
     exported_in = {"fp32": torch.float32, "bf16": torch.bfloat16}[described["dtype"]]

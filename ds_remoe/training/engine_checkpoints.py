@@ -11,6 +11,7 @@ from ds_remoe.moe.sparsity import SparsityController
 from ds_remoe.training.resharding import restore_optimizer
 
 CLIENT_STATE_KEY = "ds_remoe_sparsity"
+_STAGE_3 = 3
 
 
 class Carried(Protocol):
@@ -63,7 +64,7 @@ def tie_checkpoints(engine: Any, controller: SparsityController | None, carried:
             load_module_only,
             custom_load_fn,
         )
-        if reshard:
+        if reshard and path is not None:
             restore_optimizer(engine, Path(path).parent)
         saved = {key: client_state.pop(key, None) for key in carried} if client_state is not None else {}
         for key, part in carried.items():
@@ -88,8 +89,10 @@ def _is_cut_otherwise(engine: Any, load_dir: str, tag: str | None) -> bool:
     """Whether a checkpoint is there whose shards are not this engine's."""
     if engine.optimizer is None or engine.mpu is not None:
         return False
+    if engine.zero_optimization_stage() == _STAGE_3 or engine.load_universal_checkpoint():
+        return False  # laid out otherwise; neither exists for native MoE layers
     folder = Path(load_dir)
     if tag is None and (folder / "latest").is_file():
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
-    saved = saved_cut(folder / tag) if tag is not None else None
+    saved = saved_cut(folder / str(tag)) if tag is not None else None
     return saved is not None and saved != live_cut(engine)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -129,15 +131,40 @@ def export(
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    mode = (checkpoint / MODEL_FILE).stat().st_mode
+    try:
+        _write(weights, split, partial, dtype, manifest, (checkpoint / MODEL_FILE).stat().st_mode, advance)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would be in the way
+        raise
+    sync_folder(output.parent)
+    return [output / name for name in (*split.filename_to_tensors, INDEX, CONFIG)]
+
+
+def _write(
+    weights: CheckpointWeights,
+    split: StateDictSplit,
+    folder: Path,
+    dtype: str,
+    manifest: Manifest,
+    mode: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the files of an export with these permissions; all are on the disk on return."""
+    itemsize = DTYPES[dtype].itemsize
     for file, names in split.filename_to_tensors.items():
         shard = {name: weights.read(name, DTYPES[dtype]) for name in names}
-        save_file(shard, partial / file, metadata={"format": "pt"})
-        (partial / file).chmod(mode)  # safetensors makes files that the owner alone may read
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file}: could not be written ({error})") from error
+        (folder / file).chmod(mode)  # safetensors makes files that the owner alone may read
+        with (folder / file).open("rb") as written:
+            os.fsync(written.fileno())
         advance(sum(weights.shapes[name].numel() * itemsize for name in names))
     size = sum(shape.numel() for shape in weights.shapes.values())
     index = {"metadata": {"total_size": size * itemsize}, "weight_map": split.tensor_to_filename}
-    write_atomically(partial / INDEX, json.dumps(index, indent=1) + "\n")
+    write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
     identity = manifest.identity
     config = {
         "model": identity.model,
@@ -150,10 +177,7 @@ def export(
         "data": identity.data,
         "versions": {**manifest.versions, "exported_by": ds_remoe.__version__},
     }
-    write_atomically(partial / CONFIG, json.dumps(config, indent=1) + "\n")
-    partial.rename(output)
-    sync_folder(output.parent)
-    return [output / name for name in (*split.filename_to_tensors, INDEX, CONFIG)]
+    write_atomically(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def _layer_and_expert(file: Path) -> tuple[int, int]:

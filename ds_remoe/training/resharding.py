@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ds_remoe.deepspeed_optimizer_state import (
     optimizer_files,
     saved_cut,
     saved_slabs,
+    trained_names,
 )
 
 _EXPERTS = ".deepspeed_moe.experts."
@@ -59,10 +60,10 @@ class SavedOptimizer:
     Args:
         checkpoint: its folder; the files were checked.
         saved_by: how it is cut.
-        sizes: elements of each global tensor, in the optimizer's order: experts last.
+        sizes: elements of each trained global tensor, in the optimizer's order: experts last.
 
     Attributes:
-        keys: of what `read` can give: the optimizer's states, and `MASTER` where masters were saved.
+        keys: of what `read` can give of some tensor: the optimizer's states, and `MASTER` where masters were saved.
 
     Raises:
         OSError, KeyError, ValueError: a file is missing, not as DeepSpeed writes it, or of another model.
@@ -101,6 +102,18 @@ class SavedOptimizer:
             out[done : done + count].copy_(source)
             done += count
 
+    def keys_of(self, name: str) -> set[str]:
+        """Of what `read` can give of one tensor; none of a tensor that was never stepped, unless it has a master.
+
+        Raises:
+            ValueError: a part of the tensor has states that another lacks.
+        """
+        first, *others = (set(extent.slab.tensors) for extent in self._extents[name])
+        for other in others:
+            if other != first:
+                raise ValueError(f"{name}: a part of it has the states {sorted(first)}, and another {sorted(other)}")
+        return first
+
     def scalars(self, name: str) -> dict[str, Any]:
         """The states that are one number for the whole tensor, such as Adam's number of steps."""
         return self._extents[name][0].slab.scalars
@@ -134,15 +147,21 @@ def restore_optimizer(engine: Any, checkpoint: Path) -> None:
     """
     saved_by, here = saved_cut(checkpoint), live_cut(engine)
     assert saved_by is not None
-    local_sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
-    names = sorted(local_sizes, key=is_expert)
+    parameters = dict(engine.module.named_parameters())
+    names = trained_names(engine)
+    local_sizes = {name: parameters[name].numel() for name in names}
     _check_experts(checkpoint, names, saved_by, here)
     ep_size = max(here.ep_sizes, default=1)
     sizes = {name: local_sizes[name] * (ep_size if is_expert(name) else 1) for name in names}
     saved = SavedOptimizer(checkpoint, saved_by, sizes)
     starts = {name: dist.get_rank() % ep_size * local_sizes[name] if is_expert(name) else 0 for name in names}
     base = base_optimizer(engine)
-    state = {index: _restore_slab(slab, saved, starts) for index, slab in enumerate(live_slabs(engine))}
+    scalar = _as_tensor if type(base).__module__.startswith("torch.") else _as_number
+    state = {
+        index: _restore_slab(slab, saved, starts, scalar)
+        for index, slab in enumerate(live_slabs(engine))
+        if slab.parameter.requires_grad  # a plain optimizer may have been given frozen parameters
+    }
     base.load_state_dict({"state": state, "param_groups": base.state_dict()["param_groups"]})
 
 
@@ -162,10 +181,21 @@ def _check_experts(checkpoint: Path, names: Sequence[str], saved_by: Cut, here: 
 
 
 @torch.no_grad()
-def _restore_slab(slab: LiveSlab, saved: SavedOptimizer, starts: Mapping[str, int]) -> dict[str, Any]:
-    """Fill a slab's master, and return its states."""
+def _restore_slab(
+    slab: LiveSlab, saved: SavedOptimizer, starts: Mapping[str, int], scalar: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Fill a slab's master, and return its states; `scalar` makes the states that are one number the optimizer's."""
     state: dict[str, Any] = {}
-    for key in saved.keys:
+    # A slice that is padding alone is stepped with the others.
+    names = [piece.name for piece in slab.pieces] or [next(iter(starts))]
+    keys = saved.keys_of(names[0])
+    for name in names[1:]:
+        if (other := saved.keys_of(name)) != keys:
+            raise ValueError(
+                f"{names[0]} and {name} have different states ({sorted(keys)}, {sorted(other)}), but ZeRO steps them "
+                "as one tensor"
+            )
+    for key in keys:
         if key == MASTER and not slab.is_master:
             continue
         whole = slab.parameter if key == MASTER else torch.zeros_like(slab.parameter)
@@ -175,8 +205,6 @@ def _restore_slab(slab: LiveSlab, saved: SavedOptimizer, starts: Mapping[str, in
             saved.read(piece.name, key, starts[piece.name] + piece.start, out)
         if key != MASTER:
             state[key] = whole
-    # A slice that is padding alone is stepped with the others.
-    names = [piece.name for piece in slab.pieces] or [next(iter(starts))]
     scalars = saved.scalars(names[0])
     for name in names[1:]:
         if saved.scalars(name) != scalars:
@@ -184,4 +212,16 @@ def _restore_slab(slab: LiveSlab, saved: SavedOptimizer, starts: Mapping[str, in
                 f"{names[0]} and {name} were stepped differently ({scalars}, {saved.scalars(name)}), but ZeRO steps "
                 "them as one tensor"
             )
-    return state | {key: value.clone() if torch.is_tensor(value) else value for key, value in scalars.items()}
+    return state | {key: scalar(value) for key, value in scalars.items()}
+
+
+def _as_tensor(value: Any) -> Any:
+    """A state as torch's optimizers keep it: a tensor that no other parameter shares."""
+    if torch.is_tensor(value):
+        return value.clone()
+    return torch.tensor(float(value)) if isinstance(value, int) else value
+
+
+def _as_number(value: Any) -> Any:
+    """A state as DeepSpeed's fused and CPU optimizers keep it."""
+    return int(value) if torch.is_tensor(value) and value.dim() == 0 and float(value).is_integer() else value
