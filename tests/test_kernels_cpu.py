@@ -16,6 +16,9 @@ from torch import Tensor
 from ds_remoe.kernels import grouped_swiglu, grouped_swiglu_cpu
 from ds_remoe.kernels.cpu_library import load_cpu_library
 from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.kernels.rms_norm import rms_norm
+from ds_remoe.kernels.rope import rotate, torch_rotate
+from ds_remoe.model.attention import rope_tables
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -88,14 +91,69 @@ def test_kernel_against_its_twin(
         torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
 
 
-@pytest.mark.parametrize("counts", [[1300, 3, 0, 17], [600, 600, 600, 600, 5]])
-def test_experts_of_several_blocks_and_the_same_bits_each_time(counts: list[int]) -> None:
-    case = make_case(counts, 700, 24, 40, torch.float64)
-    got = all_gradients(grouped_swiglu_cpu, case, counts, False)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("counts", [[1700, 3, 0, 17], [600, 600, 600, 600, 5]])
+def test_experts_of_several_blocks_and_the_same_bits_each_time(counts: list[int], threads: int) -> None:
+    case = make_case(counts, 700, 24, 75, torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got, again = (all_gradients(grouped_swiglu_cpu, case, counts, False) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
     for one, other in zip(got, all_gradients(grouped_swiglu, case, counts, False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-    for one, other in zip(got, all_gradients(grouped_swiglu_cpu, case, counts, False), strict=True):
+    for one, other in zip(got, again, strict=True):
         assert torch.equal(one, other)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 700), st.integers(1, 70)),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_rms_norm_against_torch(shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
+    generator = torch.Generator().manual_seed(shape[1])
+    x, grad = (torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(2))
+    weight = torch.randn(shape[-1:], generator=generator, dtype=dtype).requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = []
+        for _ in range(2):
+            y = rms_norm(x, weight, 1e-5)
+            assert "_RMSNorm" in str(y.grad_fn)
+            runs.append([y, *torch.autograd.grad(y, (x, weight), grad)])
+    finally:
+        torch.set_num_threads(before)
+    y = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
+    expected = [y, *torch.autograd.grad(y, (x, weight), grad)]
+    for one, again, other in zip(*runs, expected, strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(1, 19)),
+    heads_first=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_rotation_against_its_twin(sizes: tuple[int, int, int, int], heads_first: bool, dtype: torch.dtype) -> None:
+    batch, heads, length, half = sizes
+    generator = torch.Generator().manual_seed(length)
+    shape = (batch, heads, length, 2 * half) if heads_first else (batch, length, heads, 2 * half)
+    x, grad = (torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(2))
+    tables = rope_tables(3, length, 2 * half, 1e4, torch.device("cpu"))
+    results = []
+    for function in (rotate, torch_rotate):
+        y = function(x if heads_first else x.transpose(1, 2), *tables)
+        upstream = grad if heads_first else grad.transpose(1, 2)
+        results.append([y, *torch.autograd.grad(y, (x,), upstream)])
+    assert results[0][0].stride() == (x if heads_first else x.transpose(1, 2)).stride()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_the_kernel_serves_this_machine() -> None:

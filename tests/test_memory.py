@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from ds_remoe.config import load_run
 from ds_remoe.config.problems import ConfigError
+from ds_remoe.config.schema import ModelConfig, MoEConfig
+from ds_remoe.kernels import grouped_swiglu
 from ds_remoe.kernels.backend import kernels_wanted
 from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.model.decoder import Decoder
 from ds_remoe.moe import MoE, SwiGLU
 from ds_remoe.moe.budget import MIN_CHUNK_PAIRS, PairBudget, plan_chunks
 from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
@@ -29,13 +32,12 @@ COUNTS = {
     "only the last": [0, 0, 0, 23],
     "no pair": [0, 0, 0, 0],
 }
-BUDGETS = {
-    "tiny": PairBudget(1, 1),
-    "chunk only": PairBudget(4, 4),
-    "medium": PairBudget(12, 5),
-    "one short": PairBudget(21, 20),
-    "none": None,
-}
+BUDGETS = {"tiny": (1, 1), "chunk only": (4, 4), "medium": (12, 5), "one short": (21, 20), "none": None}
+
+
+def new_budget(sizes: tuple[int, int] | None) -> PairBudget | None:
+    """Of one layer: how many pairs, and how many in a chunk."""
+    return None if sizes is None else PairBudget(sizes[0], *sizes)
 
 
 @given(
@@ -44,8 +46,8 @@ BUDGETS = {
 )
 @settings(deadline=None)
 def test_chunks_cover_every_pair_once_and_keep_to_the_budget(counts: list[int], sizes: tuple[int, int]) -> None:
-    budget = PairBudget(*sizes)
-    chunks = plan_chunks(counts, budget)
+    pairs, chunk_pairs = sizes
+    chunks = plan_chunks(counts, new_budget(sizes))
     assert [chunk.pairs.start for chunk in chunks] == [0, *(chunk.pairs.stop for chunk in chunks[:-1])]
     assert chunks[-1].pairs.stop == sum(counts)
     seen = [0] * len(counts)
@@ -60,18 +62,43 @@ def test_chunks_cover_every_pair_once_and_keep_to_the_budget(counts: list[int], 
             seen[expert] += count
     assert seen == counts
     assert begun == set(range(len(counts))), "an expert's gradients would stay unwritten"
-    if sum(counts) <= budget.pairs:
+    if sum(counts) <= pairs:
         assert len(chunks) == 1
         assert chunks[0].keep
     else:
-        assert max(sum(chunk.counts) for chunk in chunks) <= budget.chunk
-        assert sum(sum(chunk.counts) for chunk in chunks if chunk.keep) + budget.chunk <= budget.pairs
+        assert max(sum(chunk.counts) for chunk in chunks) <= chunk_pairs
+        assert sum(sum(chunk.counts) for chunk in chunks if chunk.keep) + chunk_pairs <= pairs
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.integers(1, 30).flatmap(lambda chunk: st.tuples(st.integers(chunk, 60), st.just(chunk))),
+)
+@settings(deadline=None)
+def test_layers_share_a_budget_and_recompute_no_more_than_apart(
+    layers: list[list[int]], sizes: tuple[int, int]
+) -> None:
+    call, chunk_pairs = sizes
+    shared = PairBudget(len(layers) * call, call, chunk_pairs, len(layers))
+    kept = 0
+    for counts in layers:
+        chunks = shared.plan(counts)
+        for chunk in chunks:
+            size = sum(chunk.counts)
+            kept += size if chunk.keep else 0
+            assert size <= call
+            assert kept + (0 if chunk.keep else size) <= len(layers) * call, "more exists at a time than the budget"
+    assert shared.pairs == len(layers) * call - kept
+    total = sum(map(sum, layers))
+    if total <= len(layers) * call - chunk_pairs:
+        assert kept == total
 
 
 def test_sizes_of_a_budget() -> None:
-    assert PairBudget.of(1.25, 4096) == PairBudget(5120, 1024)
-    assert PairBudget.of(0.25, 4096) == PairBudget(1024, 1024)
-    assert PairBudget.of(1.25, 1) == PairBudget(MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS)
+    assert PairBudget.of(1.25, 4096) == PairBudget(5120, 5120, 1024)
+    assert PairBudget.of(0.25, 4096) == PairBudget(1024, 1024, 1024)
+    assert PairBudget.of(1.25, 1) == PairBudget(MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS)
+    assert PairBudget.of(1.25, 4096, layers=3) == PairBudget(15360, 5120, 1024, 3)
 
 
 def make_case(counts: list[int]) -> tuple[dict[str, Tensor], PairGroups]:
@@ -98,8 +125,9 @@ def gradients_of(output: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]
     return {"output": output.detach(), **dict(zip(leaves, found, strict=True))}
 
 
-def run(counts: list[int], budget: PairBudget | None) -> dict[str, Tensor]:
+def run(counts: list[int], sizes: tuple[int, int] | None) -> dict[str, Tensor]:
     leaves, groups = make_case(counts)
+    budget = new_budget(sizes)
     output = budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, budget)
     return gradients_of(output, leaves)
 
@@ -117,11 +145,11 @@ def dense_sum(counts: list[int]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", COUNTS)
 def test_any_budget_gives_the_dense_sum_and_its_gradients(name: str) -> None:
     expected = dense_sum(COUNTS[name])
-    for budget in BUDGETS.values():
-        again = run(COUNTS[name], budget)
-        for what, got in run(COUNTS[name], budget).items():
-            assert (got - expected[what]).abs().sum() < 1e-10, (budget, what)
-            assert torch.equal(got, again[what]), f"{what} differs from one run to the next with {budget}"
+    for sizes in BUDGETS.values():
+        again = run(COUNTS[name], sizes)
+        for what, got in run(COUNTS[name], sizes).items():
+            assert (got - expected[what]).abs().sum() < 1e-10, (sizes, what)
+            assert torch.equal(got, again[what]), f"{what} differs from one run to the next with {sizes}"
 
 
 @pytest.fixture
@@ -134,19 +162,19 @@ def torch_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("torch_path")
 def test_whole_experts_give_the_same_bits_as_no_budget() -> None:
-    counts = COUNTS["odd"]
-    budget = PairBudget(12, 11)
-    assert len(plan_chunks(counts, budget)) > 1
-    assert not any(chunk.continues for chunk in plan_chunks(counts, budget))
-    for (what, got), expected in zip(run(counts, budget).items(), run(counts, None).values(), strict=True):
+    counts, sizes = COUNTS["odd"], (12, 11)
+    chunks = plan_chunks(counts, new_budget(sizes))
+    assert len(chunks) > 1
+    assert not any(chunk.continues for chunk in chunks)
+    for (what, got), expected in zip(run(counts, sizes).items(), run(counts, None).values(), strict=True):
         assert torch.equal(got, expected), what
 
 
 def test_only_the_budget_is_kept() -> None:
-    counts, budget = COUNTS["odd"], BUDGETS["medium"]
-    assert budget is not None
+    counts, medium = COUNTS["odd"], BUDGETS["medium"]
+    assert medium is not None
 
-    def saved_pre_activation(budget: PairBudget | None) -> int:
+    def saved_pre_activation(sizes_of_budget: tuple[int, int] | None) -> int:
         sizes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -156,14 +184,16 @@ def test_only_the_budget_is_kept() -> None:
 
         leaves, groups = make_case(counts)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, budget)
+            budgeted_swiglu(
+                leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, new_budget(sizes_of_budget)
+            )
         return sum(sizes)
 
     pair_bytes = 2 * H * 8
     assert saved_pre_activation(None) == sum(counts) * pair_bytes
-    kept = sum(sum(chunk.counts) for chunk in plan_chunks(counts, budget) if chunk.keep)
-    assert 0 < kept <= budget.pairs - budget.chunk
-    assert saved_pre_activation(budget) == kept * pair_bytes
+    kept = sum(sum(chunk.counts) for chunk in plan_chunks(counts, new_budget(medium)) if chunk.keep)
+    assert 0 < kept <= medium[0] - medium[1]
+    assert saved_pre_activation(medium) == kept * pair_bytes
 
 
 class Bowl(nn.Module):
@@ -183,7 +213,7 @@ def test_other_modules_run_again_beyond_the_budget() -> None:
     counts = [7, 3, 11, 0]
     torch.manual_seed(0)
     results = []
-    for budget in (None, PairBudget(11, 1)):
+    for budget in (None, new_budget((11, 1))):
         experts = ModuleExperts(Bowl(), 4)
         leaves, groups = make_case(counts)
         with torch.no_grad():
@@ -225,6 +255,44 @@ def test_the_layer_takes_its_budget_from_its_tokens() -> None:
     kept = saved_bytes(1.25)
     assert 0.8 * k * tokens * pair_bytes < kept <= 1.25 * k * tokens * pair_bytes
     assert saved_bytes(float(experts)) == experts * tokens * pair_bytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_recomputes_only_what_its_layers_together_have_no_room_for(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """The first layer has four times its share of pairs, the others none: there is room, and the gradients agree."""
+    sizes = ModelConfig(
+        hidden_size=8,
+        num_layers=4,
+        num_heads=2,
+        ffn_hidden_size=12,
+        seq_length=512,
+        activation_checkpointing=checkpointing,
+    )
+    tokens = torch.randint(32, (1, 512), generator=torch.Generator().manual_seed(0))
+    again: list[int] = []
+    up_projection = grouped_swiglu.up_projection
+
+    def counted(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
+        again.append(sum(groups.counts_L))
+        return up_projection(rows, groups, gate_up)
+
+    monkeypatch.setattr(grouped_swiglu, "up_projection", counted)
+
+    def gradients(budget: float | None, quiet_layers: int) -> list[Tensor]:
+        decoder = Decoder(sizes, MoEConfig(num_experts=8, activation_budget=budget), 32, seed=0).double()
+        with torch.no_grad():
+            for layer in decoder.layers[4 - quiet_layers :]:
+                layer.mlp.deepspeed_moe.gate.wg.weight.zero_()
+        decoder(tokens, tokens.clone()).loss.backward()
+        return [parameter.grad for parameter in decoder.parameters()]
+
+    for quiet_layers in (3, 0):
+        again.clear()
+        for got, expected in zip(gradients(1.25, quiet_layers), gradients(None, quiet_layers), strict=True):
+            assert (got - expected).abs().max() < 1e-12
+        assert bool(again) == (checkpointing or quiet_layers == 0)
 
 
 @pytest.mark.parametrize("value", [0.2, -1.0, float("nan")])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_remoe.config.schema import ModelConfig
-from ds_remoe.model.attention import Attention, KVCache, LayerCache, apply_rope, rope_tables
+from ds_remoe.kernels.rope import rotate
+from ds_remoe.model.attention import Attention, KVCache, LayerCache, rope_tables
 
 CPU = torch.device("cpu")
 
@@ -32,8 +33,8 @@ def test_rope_scores_depend_on_the_distance_alone(query: int, key: int, shift: i
     q, k = torch.randn(2, 1, 1, 1, 2 * half, dtype=torch.float64, generator=generator)
 
     def score(q_position: int, k_position: int) -> float:
-        rotated_q = apply_rope(q, rope_tables(q_position, 1, 2 * half, 1e4, CPU))
-        rotated_k = apply_rope(k, rope_tables(k_position, 1, 2 * half, 1e4, CPU))
+        rotated_q = rotate(q, *rope_tables(q_position, 1, 2 * half, 1e4, CPU))
+        rotated_k = rotate(k, *rope_tables(k_position, 1, 2 * half, 1e4, CPU))
         return float((rotated_q * rotated_k).sum())
 
     scale = float(q.norm() * k.norm())
@@ -42,7 +43,7 @@ def test_rope_scores_depend_on_the_distance_alone(query: int, key: int, shift: i
 
 def test_rope_rotates_by_the_position_times_the_frequency() -> None:
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)
-    rotated = apply_rope(x, rope_tables(3, 1, 4, 100.0, CPU)).flatten()
+    rotated = rotate(x, *rope_tables(3, 1, 4, 100.0, CPU)).flatten()
     expected = torch.tensor([math.cos(3.0), math.cos(0.3), math.sin(3.0), math.sin(0.3)])
     torch.testing.assert_close(rotated, expected)
 
@@ -50,9 +51,9 @@ def test_rope_rotates_by_the_position_times_the_frequency() -> None:
 def test_rope_of_bf16_is_the_rounded_fp32_one() -> None:
     rope = rope_tables(1000, 8, 16, 1e6, CPU)
     x = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rotated = apply_rope(x, rope)
+    rotated = rotate(x, *rope)
     assert rotated.dtype == torch.bfloat16
-    assert torch.equal(rotated, apply_rope(x.float(), rope).bfloat16())
+    assert torch.equal(rotated, rotate(x.float(), *rope).bfloat16())
 
 
 def test_grouped_query_attention_equals_repeated_heads() -> None:
@@ -72,8 +73,8 @@ def test_attention_equals_the_formula() -> None:
     model = config(num_heads=2, num_kv_heads=1)
     layer, rope = attention(model), rope_tables(0, 5, 16, 1e6, CPU)
     x_SD = torch.randn(5, 32, dtype=torch.float64)
-    k_Sh = apply_rope(layer.k_proj(x_SD)[None, None], rope)[0, 0]
-    q_HSh = apply_rope(layer.q_proj(x_SD).view(5, 2, 16).transpose(0, 1)[None], rope)[0]
+    k_Sh = rotate(layer.k_proj(x_SD)[None, None], *rope)[0, 0]
+    q_HSh = rotate(layer.q_proj(x_SD).view(5, 2, 16).transpose(0, 1)[None], *rope)[0]
     scores_HSS = (q_HSh @ k_Sh.T / 4).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     out_HSh = scores_HSS.softmax(-1) @ layer.v_proj(x_SD)
     expected = layer.o_proj(out_HSh.transpose(0, 1).reshape(5, 32))

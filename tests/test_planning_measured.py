@@ -122,7 +122,7 @@ def exchanged(ep_size: int, wire_dtype: Literal["auto", "bf16"]) -> dict[str, tu
     finally:
         dist.all_to_all_single = original
     density = arrived / (len(model.layers) * tokens.numel() * EXPERTS)
-    load = Load.of(moe, tokens.numel(), density, is_cpu=True)
+    load = Load.of(moe, tokens.numel(), density, is_cpu=True, model=model.model_config)
     kept = activations(model.model_config, moe, VOCAB, load, "fp32", is_cpu=True).saved
     return {"wire": (sent, needed), "kept": (saved.take(), kept)}
 
@@ -218,7 +218,7 @@ def test_activations_are_those_that_autograd_keeps(
     density = sum(pairs) / max(1, len(pairs)) / TOKENS.numel() / moe.total_experts
     if moe.router == "relu":
         assert density == pytest.approx(1 / 8 if settled else 1 / 2, rel=0.1)
-    load = Load.of(moe, TOKENS.numel(), density, is_cpu=True)
+    load = Load.of(moe, TOKENS.numel(), density, is_cpu=True, model=model)
     planned = activations(model, moe, VOCAB, load, dtype, is_cpu=True).saved
     # Beyond the budget it depends on each expert's count which chunks still fit; the plan has the most that can.
     assert (0.96 if load.recomputed_pairs else 0.995) * planned <= saved.take() <= 1.005 * planned

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ds_remoe.bench.profile import Share, time_by_kind
+from ds_remoe.bench.profile import Share, engine_ranges, time_by_kind
 from ds_remoe.bench.timing import Timing, interleave, ratio
 from ds_remoe.config import load_run
 from ds_remoe.model.flops import flops_per_token
@@ -93,7 +93,7 @@ def measure(config: Path, overrides: Sequence[str], settle: int, repeats: int, f
                 runner.records.clear()
             timings = interleave({name: runner.step for name, runner in runners.items()}, repeats, device, WARMUP)
             rivals = {name: runner.result(timings[name]) for name, runner in runners.items()}
-            return StepBenchmark(rivals, gemm_tflops(device), _profile(runners["ReMoE"].step, device))
+            return StepBenchmark(rivals, gemm_tflops(device), _profile(runners["ReMoE"], device))
         finally:
             runtime.stop()
 
@@ -194,11 +194,11 @@ def _settings(config: Path, overrides: Sequence[str], router: str, output: Path)
     return [*settings, f"remoe.train.output_dir={json.dumps(str(output))}", f"remoe.train.eval_interval={10**9}"]
 
 
-def _profile(step: Callable[[], None], device: torch.device) -> list[Share]:
+def _profile(runner: _Runner, device: torch.device) -> list[Share]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as profiler:
+    with engine_ranges(runner.trainer.engine), profile(activities=activities) as profiler:
         for _ in range(PROFILED_STEPS):
-            step()
+            runner.step()
     return time_by_kind(profiler, device, PROFILED_STEPS)
 
 

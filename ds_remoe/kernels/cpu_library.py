@@ -18,9 +18,13 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 from torch.utils import cpp_extension
 
-SOURCE = Path(__file__).with_name("grouped_swiglu_cpu.cpp")
+from ds_remoe.kernels.backend import kernels_wanted
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("grouped_swiglu_cpu.cpp", "decoder_cpu.cpp"))
+HEADER = Path(__file__).with_name("cpu_rows.h")
 INSTRUCTION_SETS = {
     "AVX2": ["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2", "-DCPU_CAPABILITY=AVX2"],
     "AVX512": [
@@ -49,8 +53,19 @@ def load_cpu_library() -> bool:
     return True
 
 
+def serves(*tensors: Tensor) -> bool:
+    """True where the kernels can run: CPU tensors of one dtype, fp32 or fp64, and a compiler that made them."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return (
+        all(tensor.device.type == "cpu" for tensor in tensors)
+        and (dtypes == {torch.float32} or dtypes == {torch.float64})
+        and kernels_wanted()
+        and load_cpu_library()
+    )
+
+
 def compiled_library() -> Path:
-    """The shared library for this source, torch, compiler and instruction set; compiled if it is not there yet.
+    """The shared library for these sources, torch, compiler and instruction set; compiled if it is not there yet.
 
     It stands under TORCH_EXTENSIONS_DIR, by default in the home folder's cache.
 
@@ -59,9 +74,8 @@ def compiled_library() -> Path:
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", *_instruction_set()]
-    key = hashlib.sha256(
-        "\0".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, _version(compiler), *flags]).encode()
-    ).hexdigest()[:16]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
+    key = hashlib.sha256("\0".join([*texts, torch.__version__, _version(compiler), *flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "ds_remoe"
     library = folder / f"cpu-{key}.so"
     if library.exists():
@@ -80,7 +94,7 @@ def _compile(compiler: list[str], flags: list[str], library: Path) -> None:
         result = Path(scratch) / library.name
         include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
         link = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
-        command = [*compiler, *flags, *include, str(SOURCE), "-o", str(result), *link]
+        command = [*compiler, *flags, *include, *map(str, SOURCES), "-o", str(result), *link]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise CompilerError(f"`{shlex.join(command)}` failed:\n{done.stderr[-2000:]}")

@@ -1,108 +1,23 @@
 // Grouped SwiGLU on the CPU, fp32 and fp64: see ds_remoe/kernels/grouped_swiglu.py for what it computes.
 //
-// Small experts run side by side, one thread each, since a GEMM of few rows gains nothing from several threads; an
-// expert with a large share of the pairs runs alone, with all threads inside its GEMMs. Rows go through in blocks that
-// stay in cache. Each pair's result stands in a buffer of its own until a row's pairs are summed in the order of the
-// experts, so the result does not depend on which thread came first.
+// Every GEMM runs on one thread, as threads that share a small GEMM mostly wait for each other. Forward the pairs go
+// through in blocks of rows that stay in cache, whichever thread is free taking the next. Backward an expert's blocks
+// add to one weight gradient, so small experts run side by side, and an expert with a large share of the pairs alone,
+// its hidden units and then its rows divided among all threads. Each pair's result stands in a buffer of its own until
+// a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <numeric>
-#include <vector>
+#include "cpu_rows.h"
 
 namespace {
 
-using at::Tensor;
+using namespace ds_remoe;
 
-constexpr int64_t kBlockRows = 512;
-constexpr int64_t kGrain = 32768;  // elements a thread takes at least
-
-struct Span {
-  int64_t expert, start, count;
-};
-
-// Experts that run with all threads, and the others, the largest first so that the last one to end is short.
-struct Schedule {
-  std::vector<Span> wide, narrow;
-
-  explicit Schedule(at::IntArrayRef counts) {
-    const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
-    int64_t start = 0;
-    for (size_t e = 0; e < counts.size(); ++e) {
-      if (counts[e] > 0) {
-        const bool is_wide = counts[e] * at::get_num_threads() * 2 > total;
-        (is_wide ? wide : narrow).push_back({static_cast<int64_t>(e), start, counts[e]});
-      }
-      start += counts[e];
-    }
-    std::stable_sort(narrow.begin(), narrow.end(), [](const Span& a, const Span& b) { return a.count > b.count; });
-  }
-
-  template <typename Work>
-  void run(const Work& work) const {
-    for (const Span& span : wide) work(span);
-    std::atomic<size_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), narrow.size()), 1, [&](int64_t, int64_t) {
-      for (size_t i = next++; i < narrow.size(); i = next++) work(narrow[i]);
-    });
-  }
-};
-
-template <typename Work>
-void for_each_block(const Span& span, const Work& work) {
-  const int64_t blocks = (span.count + kBlockRows - 1) / kBlockRows;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = span.count * b / blocks, last = span.count * (b + 1) / blocks;
-    work(span.start + first, last - first, b == 0);
-  }
-}
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / width); }
-
-template <typename T>
-Tensor gather(const Tensor& source, const int64_t* ids, int64_t count) {
-  const int64_t width = source.size(1);
-  Tensor rows = at::empty({count, width}, source.options());
-  const T* from = source.const_data_ptr<T>();
-  T* to = rows.mutable_data_ptr<T>();
-  at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * width, from + ids[i] * width, width * sizeof(T));
-  });
-  return rows;
-}
-
-// target[ids[m]] += values[m], in the order of m within a row.
-template <typename T>
-void sum_into(Tensor& target, const Tensor& values, const int64_t* ids) {
-  const int64_t width = target.size(1), num_rows = target.size(0), num_pairs = values.size(0);
-  std::vector<int64_t> first(num_rows + 1, 0), pairs(num_pairs);
-  for (int64_t m = 0; m < num_pairs; ++m) ++first[ids[m] + 1];
-  std::partial_sum(first.begin(), first.end(), first.begin());
-  {
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t m = 0; m < num_pairs; ++m) pairs[next[ids[m]]++] = m;
-  }
-  const T* from = values.const_data_ptr<T>();
-  T* to = target.mutable_data_ptr<T>();
-  at::parallel_for(0, num_rows, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      T* sum = to + row * width;
-      for (int64_t i = first[row]; i < first[row + 1]; ++i) {
-        const T* value = from + pairs[i] * width;
-        for (int64_t d = 0; d < width; ++d) sum[d] += value[d];
-      }
-    }
-  });
-}
+constexpr int64_t kLeastUnits = 32;  // hidden units that a thread takes of a wide expert
 
 template <typename T>
 struct Activation {
@@ -132,14 +47,15 @@ struct Activation {
   }
 
   // Returns the routing weight's gradient; `grad_hidden` is overwritten by the forward value w · silu(gate) · up.
-  static T backward_row(T* grad_hidden, const T* gate_up, T weight, T* grad_gate_up, int64_t width) {
+  static T backward_row(T* grad_hidden, const T* gates, const T* ups, T weight, T* grad_gates, T* grad_ups,
+                        int64_t width) {
     Vec total(T(0));
     for (int64_t h = 0; h < width; h += kLanes) {
-      const Vec gate = load(gate_up, h, width), up = load(gate_up + width, h, width), grad = load(grad_hidden, h, width);
+      const Vec gate = load(gates, h, width), up = load(ups, h, width), grad = load(grad_hidden, h, width);
       const Vec sig = sigmoid(gate), silu = gate * sig, hidden = silu * up, weighted = grad * Vec(weight);
       total = total + grad * hidden;
-      store(weighted * up * (sig + silu * (Vec(T(1)) - sig)), grad_gate_up, h, width);
-      store(weighted * silu, grad_gate_up + width, h, width);
+      store(weighted * up * (sig + silu * (Vec(T(1)) - sig)), grad_gates, h, width);
+      store(weighted * silu, grad_ups, h, width);
       store(hidden * Vec(weight), grad_hidden, h, width);
     }
     T lanes[kLanes], sum = 0;
@@ -157,23 +73,17 @@ Tensor forward_typed(const Tensor& rows, const Tensor& in_ids, const Tensor& out
   Tensor results = at::empty({num_pairs, rows.size(1)}, rows.options());
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
   const T* weight = weights.const_data_ptr<T>();
-  Schedule(counts).run([&](const Span& span) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor up_projection = gate_up[span.expert].t(), down_projection = down[span.expert].t();
-    for_each_block(span, [&](int64_t start, int64_t count, bool) {
-      Tensor block = pre.narrow(0, start, count);
-      at::mm_out(block, gather<T>(rows, in + start, count), up_projection);
-      Tensor hidden = at::empty({count, width}, rows.options());
-      const T* from = block.const_data_ptr<T>();
-      T* to = hidden.mutable_data_ptr<T>();
-      at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          Activation<T>::forward_row(from + i * 2 * width, weight[start + i], to + i * width, width);
-        }
-      });
-      Tensor result = results.narrow(0, start, count);
-      at::mm_out(result, hidden, down_projection);
-    });
+  run_side_by_side(row_blocks(counts), [&](const Span& block) {
+    Tensor pre_block = pre.narrow(0, block.start, block.count);
+    at::mm_out(pre_block, gather<T>(rows, in + block.start, block.count), gate_up[block.expert].t());
+    Tensor hidden = at::empty({block.count, width}, rows.options());
+    const T* from = pre_block.const_data_ptr<T>();
+    T* to = hidden.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < block.count; ++i) {
+      Activation<T>::forward_row(from + i * 2 * width, weight[block.start + i], to + i * width, width);
+    }
+    Tensor result = results.narrow(0, block.start, block.count);
+    at::mm_out(result, hidden, down[block.expert].t());
   });
   sum_into<T>(out, results, out_ids.const_data_ptr<int64_t>());
   return pre;
@@ -183,50 +93,119 @@ template <typename T>
 Tensor up_projection_typed(const Tensor& rows, const Tensor& in_ids, at::IntArrayRef counts, const Tensor& gate_up) {
   Tensor pre = at::empty({in_ids.size(0), gate_up.size(1)}, rows.options());
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
-  Schedule(counts).run([&](const Span& span) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor projection = gate_up[span.expert].t();
-    for_each_block(span, [&](int64_t start, int64_t count, bool) {
-      Tensor block = pre.narrow(0, start, count);
-      at::mm_out(block, gather<T>(rows, in + start, count), projection);
-    });
+  run_side_by_side(row_blocks(counts), [&](const Span& block) {
+    Tensor pre_block = pre.narrow(0, block.start, block.count);
+    at::mm_out(pre_block, gather<T>(rows, in + block.start, block.count), gate_up[block.expert].t());
   });
   return pre;
 }
+
+// Backward of one call: what all its experts share, and its two ways through an expert.
+template <typename T>
+struct Backward {
+  const Tensor &grad_out, &rows, &gate_up, &down;
+  const int64_t *in, *out;
+  const T *weight, *pre;
+  Tensor &grad_gate_up, &grad_down;
+  bool accumulate;
+  Tensor results, grad_weights;
+
+  int64_t width() const { return down.size(2); }
+
+  // Gradients of rows [start, start + count) by hidden units [first, first + units): those of the pre-activation into
+  // `grad_pre`, columns [gates | ups], those of the weights added with `beta`, those of the routing weights into
+  // grad_weight.
+  void units(const Span& block, int64_t first, int64_t units, const Tensor& grad_result, const Tensor& block_rows,
+             Tensor grad_gates, Tensor grad_ups, T* grad_weight, int beta) const {
+    Tensor hidden = at::mm(grad_result, down[block.expert].narrow(1, first, units));
+    T* h = hidden.mutable_data_ptr<T>();
+    T *gates = grad_gates.mutable_data_ptr<T>(), *ups = grad_ups.mutable_data_ptr<T>();
+    const int64_t stride = grad_gates.stride(0);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const T* row = pre + (block.start + i) * 2 * width() + first;
+      grad_weight[i] = Activation<T>::backward_row(h + i * units, row, row + width(), weight[block.start + i],
+                                                   gates + i * stride, ups + i * stride, units);
+    }
+    Tensor down_gradient = grad_down[block.expert].narrow(1, first, units);
+    at::addmm_out(down_gradient, down_gradient, grad_result.t(), hidden, beta);
+    Tensor gradient = grad_gate_up[block.expert];
+    if (units == width()) {
+      const Tensor both = grad_gates.as_strided({block.count, 2 * units}, {stride, 1});
+      at::addmm_out(gradient, gradient, both.t(), block_rows, beta);
+    } else {
+      Tensor gate_gradient = gradient.narrow(0, first, units), up_gradient = gradient.narrow(0, width() + first, units);
+      at::addmm_out(gate_gradient, gate_gradient, grad_gates.t(), block_rows, beta);
+      at::addmm_out(up_gradient, up_gradient, grad_ups.t(), block_rows, beta);
+    }
+  }
+
+  // One expert on the calling thread.
+  void narrow(const Span& span) {
+    for (const Span& block : blocks_of(span, kBlockRows)) {
+      Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
+      units(block, 0, width(), gather<T>(grad_out, out + block.start, block.count),
+            gather<T>(rows, in + block.start, block.count), grad_pre.narrow(1, 0, width()),
+            grad_pre.narrow(1, width(), width()), grad_weights.mutable_data_ptr<T>() + block.start,
+            accumulate || block.start != span.start);
+      Tensor result = results.narrow(0, block.start, block.count);
+      at::mm_out(result, grad_pre, gate_up[block.expert]);
+    }
+  }
+
+  // One expert on all threads: first each takes some hidden units, then some rows.
+  void wide(const Span& span) {
+    const int64_t threads = at::get_num_threads(), parts = std::clamp<int64_t>(width() / kLeastUnits, 1, threads);
+    for (const Span& block : blocks_of(span, kBlockRows * threads)) {
+      const Tensor grad_result = gather<T>(grad_out, out + block.start, block.count);
+      const Tensor block_rows = gather<T>(rows, in + block.start, block.count);
+      Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
+      Tensor partial = at::empty({parts, block.count}, grad_weights.options());
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        for (int64_t p = begin; p < end; ++p) {
+          const int64_t first = width() * p / parts, count = width() * (p + 1) / parts - first;
+          units(block, first, count, grad_result, block_rows, grad_pre.narrow(1, first, count),
+                grad_pre.narrow(1, width() + first, count), partial.mutable_data_ptr<T>() + p * block.count,
+                accumulate || block.start != span.start);
+        }
+      });
+      const T* from = partial.const_data_ptr<T>();
+      T* to = grad_weights.mutable_data_ptr<T>() + block.start;
+      for (int64_t i = 0; i < block.count; ++i) {
+        T sum = 0;
+        for (int64_t p = 0; p < parts; ++p) sum += from[p * block.count + i];
+        to[i] = sum;
+      }
+      const int64_t share = std::max((block.count + threads - 1) / threads, kLeastRows);
+      run_side_by_side(blocks_of(block, share), [&](const Span& some) {
+        Tensor result = results.narrow(0, some.start, some.count);
+        at::mm_out(result, grad_pre.narrow(0, some.start - block.start, some.count), gate_up[some.expert]);
+      });
+    }
+  }
+};
 
 template <typename T>
 Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
                       const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
                       const Tensor& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
-  const int64_t num_pairs = in_ids.size(0), width = down.size(2);
-  Tensor grad_weights = at::empty({num_pairs}, weights.options());
-  Tensor results = at::empty({num_pairs, rows.size(1)}, rows.options());
-  const int64_t *in = in_ids.const_data_ptr<int64_t>(), *out = out_ids.const_data_ptr<int64_t>();
-  const T *weight = weights.const_data_ptr<T>(), *pre_activation = pre.const_data_ptr<T>();
-  T* grad_weight = grad_weights.mutable_data_ptr<T>();
-  Schedule(counts).run([&](const Span& span) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor up_projection = gate_up[span.expert], down_projection = down[span.expert];
-    Tensor up_gradient = grad_gate_up[span.expert], down_gradient = grad_down[span.expert];
-    for_each_block(span, [&](int64_t start, int64_t count, bool is_first) {
-      const int beta = accumulate || !is_first;
-      const Tensor grad_result = gather<T>(grad_out, out + start, count);
-      Tensor hidden = at::mm(grad_result, down_projection);
-      Tensor grad_pre = at::empty({count, 2 * width}, rows.options());
-      T *h = hidden.mutable_data_ptr<T>(), *g = grad_pre.mutable_data_ptr<T>();
-      at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t m = start + i;
-          grad_weight[m] = Activation<T>::backward_row(h + i * width, pre_activation + m * 2 * width, weight[m],
-                                                       g + i * 2 * width, width);
-        }
-      });
-      at::addmm_out(down_gradient, down_gradient, grad_result.t(), hidden, beta);
-      at::addmm_out(up_gradient, up_gradient, grad_pre.t(), gather<T>(rows, in + start, count), beta);
-      Tensor result = results.narrow(0, start, count);
-      at::mm_out(result, grad_pre, up_projection);
-    });
-  });
+  const int64_t num_pairs = in_ids.size(0);
+  Backward<T> backward{grad_out,
+                       rows,
+                       gate_up,
+                       down,
+                       in_ids.const_data_ptr<int64_t>(),
+                       out_ids.const_data_ptr<int64_t>(),
+                       weights.const_data_ptr<T>(),
+                       pre.const_data_ptr<T>(),
+                       grad_gate_up,
+                       grad_down,
+                       accumulate,
+                       at::empty({num_pairs, rows.size(1)}, rows.options()),
+                       at::empty({num_pairs}, weights.options())};
+  const Spans spans(counts);
+  for (const Span& span : spans.wide) backward.wide(span);
+  run_side_by_side(spans.narrow, [&](const Span& span) { backward.narrow(span); });
   if (!accumulate) {
     for (size_t e = 0; e < counts.size(); ++e) {
       if (counts[e] == 0) {
@@ -235,8 +214,8 @@ Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& 
       }
     }
   }
-  sum_into<T>(grad_rows, results, in);
-  return grad_weights;
+  sum_into<T>(grad_rows, backward.results, backward.in);
+  return backward.grad_weights;
 }
 
 Tensor forward(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
@@ -268,7 +247,8 @@ TORCH_LIBRARY(ds_remoe, library) {
       "grouped_swiglu(Tensor rows, Tensor in_ids, Tensor out_ids, Tensor weights, int[] counts, Tensor gate_up, "
       "Tensor down, Tensor(a!) out) -> Tensor",
       &forward);
-  library.def("grouped_up_projection(Tensor rows, Tensor in_ids, int[] counts, Tensor gate_up) -> Tensor", &up_projection);
+  library.def("grouped_up_projection(Tensor rows, Tensor in_ids, int[] counts, Tensor gate_up) -> Tensor",
+              &up_projection);
   library.def(
       "grouped_swiglu_backward(Tensor grad_out, Tensor rows, Tensor in_ids, Tensor out_ids, Tensor weights, "
       "int[] counts, Tensor gate_up, Tensor down, Tensor pre_activation, Tensor(a!) grad_rows, Tensor(b!) grad_gate_up, "

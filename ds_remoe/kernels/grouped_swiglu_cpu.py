@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_remoe.kernels.backend import kernels_wanted
-from ds_remoe.kernels.cpu_library import load_cpu_library
+from ds_remoe.kernels import cpu_library
 from ds_remoe.kernels.pair_groups import PairGroups
 
 
 def serves(rows: Tensor, groups: PairGroups) -> bool:
     """True where the kernel can run: CPU tensors, fp32 or fp64 throughout, and a compiler that made it."""
-    return (
-        rows.device.type == "cpu"
-        and rows.dtype == groups.weights_M.dtype
-        and rows.dtype in (torch.float32, torch.float64)
-        and kernels_wanted()
-        and load_cpu_library()
-    )
+    return cpu_library.serves(rows, groups.weights_M)
 
 
 def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:

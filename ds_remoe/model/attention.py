@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.config.schema import ModelConfig
+from ds_remoe.kernels.rope import rotate
 
 
 class Rope(NamedTuple):
@@ -32,14 +33,6 @@ def rope_tables(start: int, length: int, head_size: int, base: float, device: to
     positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
     angles = positions[:, None] * base**-exponents
     return Rope(angles.cos().float(), angles.sin().float())
-
-
-def apply_rope(x_BHSh: Tensor, rope: Rope) -> Tensor:
-    """Rotate the pairs (i, i + h/2) of each head, in fp32 or wider; shape and dtype of the input are kept."""
-    wide = x_BHSh.to(torch.promote_types(x_BHSh.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    rotated = torch.cat((first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin), dim=-1)
-    return rotated.to(x_BHSh.dtype)
 
 
 class LayerCache:
@@ -119,8 +112,8 @@ class Attention(nn.Module):
         Returns:
             [B, S, D] in the dtype of the input.
         """
-        q_BHSh = apply_rope(self._heads(self.q_proj(x_BSD)), rope)
-        k_BKPh = apply_rope(self._heads(self.k_proj(x_BSD)), rope)
+        q_BHSh = rotate(self._heads(self.q_proj(x_BSD)), *rope)
+        k_BKPh = rotate(self._heads(self.k_proj(x_BSD)), *rope)
         v_BKPh = self._heads(self.v_proj(x_BSD))
         if cache is not None:
             k_BKPh, v_BKPh = cache.append(k_BKPh, v_BKPh)

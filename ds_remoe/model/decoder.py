@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
+from ds_remoe.kernels.rms_norm import rms_norm
 from ds_remoe.model.attention import Attention, KVCache, LayerCache, Rope, rope_tables
 from ds_remoe.model.init import init_weights
+from ds_remoe.moe.budget import PairBudget
 from ds_remoe.moe.experts import SwiGLU
 from ds_remoe.moe.layer import MoE
 
@@ -39,6 +41,16 @@ def is_moe_layer(layer: int, moe: MoEConfig) -> bool:
     return moe.router != "dense" and (layer + 1) % moe.layer_frequency == 0
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, by our kernel on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        assert self.weight is not None
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention, then a pre-norm SwiGLU or MoE with its shared experts, each added to the residual stream.
 
@@ -47,9 +59,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.attention_norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.attention = Attention(model)
-        self.mlp_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.mlp_norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.mlp: SwiGLU | MoE
         self.shared_mlp: SwiGLU | None = None
         if moe.router == "dense" or not is_moe_layer(layer, moe):
@@ -73,13 +85,19 @@ class DecoderLayer(nn.Module):
         if moe.num_shared_experts:
             self.shared_mlp = SwiGLU(model.hidden_size, moe.num_shared_experts * width)
 
-    def forward(self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states [B, S, D] and the auxiliary loss, None for a dense layer."""
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None, budget: PairBudget | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states [B, S, D] and the auxiliary loss, None for a dense layer.
+
+        Args:
+            budget: that the layers share in this pass; None leaves an MoE layer its own.
+        """
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache)
         h_BSD = self.mlp_norm(x_BSD)
         if not isinstance(self.mlp, MoE):
             return x_BSD + self.mlp(h_BSD), None
-        y_BSD, aux_loss, _ = self.mlp(h_BSD, shared_expert=self.shared_mlp)
+        y_BSD, aux_loss, _ = self.mlp(h_BSD, shared_expert=self.shared_mlp, budget=budget)
         return x_BSD + y_BSD, aux_loss
 
 
@@ -116,7 +134,7 @@ class Decoder(nn.Module):
         self.vocab_size = vocab_size
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(model, moe, layer) for layer in range(model.num_layers))
-        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.norm = RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.lm_head = nn.Linear(model.hidden_size, vocab_size, bias=False)
         init_weights(self, model.init_std, seed)
 
@@ -142,8 +160,9 @@ class Decoder(nn.Module):
         rope = rope_tables(start, tokens_BS.shape[1], config.head_size, config.rope_base, tokens_BS.device)
         x_BSD = self.embedding(tokens_BS)
         aux_loss = torch.zeros((), dtype=torch.promote_types(x_BSD.dtype, torch.float32), device=x_BSD.device)
+        budget = self._shared_budget(tokens_BS.numel())
         for index, layer in enumerate(self.layers):
-            x_BSD, layer_aux = self._run(layer, x_BSD, rope, None if cache is None else cache.layers[index])
+            x_BSD, layer_aux = self._run(layer, x_BSD, rope, None if cache is None else cache.layers[index], budget)
             if layer_aux is not None:
                 aux_loss = aux_loss + layer_aux
         logits_BSV = self.lm_head(self.norm(x_BSD))
@@ -153,13 +172,24 @@ class Decoder(nn.Module):
         return LMOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
 
     def _run(
-        self, layer: nn.Module, x_BSD: Tensor, rope: Rope, cache: LayerCache | None
+        self, layer: nn.Module, x_BSD: Tensor, rope: Rope, cache: LayerCache | None, budget: PairBudget | None
     ) -> tuple[Tensor, Tensor | None]:
-        if not (self.model_config.activation_checkpointing and self.training and torch.is_grad_enabled()):
-            return layer(x_BSD, rope, cache)
+        if not self._checkpoints():
+            return layer(x_BSD, rope, cache, budget)
         # A recomputation that stopped early could stop before a collective on one rank and after it on another.
         with set_checkpoint_early_stop(False):
             return checkpoint(layer, x_BSD, rope, cache, use_reentrant=False, preserve_rng_state=False)
+
+    def _checkpoints(self) -> bool:
+        return self.model_config.activation_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _shared_budget(self, tokens: int) -> PairBudget | None:
+        """One budget for the layers whose activations are alive together; under checkpointing each has its own."""
+        moe = self.moe_config
+        layers = sum(isinstance(layer.mlp, MoE) for layer in self.layers)
+        if moe.activation_budget is None or not layers or not torch.is_grad_enabled() or self._checkpoints():
+            return None
+        return PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers)
 
     def _check(self, tokens_BS: Tensor, labels_BS: Tensor | None, cache: KVCache | None, start: int) -> None:
         _check_ids("tokens_BS", tokens_BS)

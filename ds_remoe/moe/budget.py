@@ -1,10 +1,12 @@
-"""A budget for the dense stage: how many pre-activations of a layer are kept for backward, the rest being recomputed.
+"""A budget for the dense stage: how many pre-activations are kept for backward, the rest being recomputed.
 
 Early in training each expert takes more than half of the tokens (stage I), so a layer has up to E/k times the pairs
 that it settles at. With a budget the pairs beyond it go through in chunks whose pre-activation [n, 2H] lives for the
 chunk alone, in forward, and again in backward, where it is computed anew: one GEMM of the forward's two, two thirds of
-its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget nothing changes: all pairs
-in one call, everything kept.
+its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget everything is kept.
+
+The layers of a model may share one budget in a forward pass, since what they keep is alive together when backward
+begins: a layer that stays denser than the others then recomputes only what the others leave no room for.
 """
 
 from __future__ import annotations
@@ -18,28 +20,60 @@ MIN_CHUNK_PAIRS = 128
 LEAST_BUDGET = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass
 class PairBudget:
-    """Sizes in active pairs, for one layer, micro-batch and rank.
+    """Sizes in active pairs, for one micro-batch and rank; a forward pass takes from it, so each needs a new one.
 
     Attributes:
-        pairs: pre-activations that may exist at a time: those kept for backward and those of one chunk.
-        chunk: pairs that go through at once where there are more than `pairs`.
+        pairs: pre-activations that may still exist at a time: those to keep for backward and those of one chunk.
+        call: pairs that go through at once where all of a layer's are kept.
+        chunk: pairs that go through at once where they are not.
+        layers: that have still to take their part, this many `plan`s.
     """
 
     pairs: int
+    call: int
     chunk: int
+    layers: int = 1
 
     @classmethod
-    def of(cls, activation_budget: float, expected_pairs: int) -> PairBudget:
-        """The budget of a layer, with chunks large enough to keep the kernels busy.
+    def of(cls, activation_budget: float, expected_pairs: int, layers: int = 1) -> PairBudget:
+        """The budget of some layers, with chunks large enough to keep the kernels busy.
 
         Args:
             activation_budget: multiple of the expected pairs.
-            expected_pairs: k·T, the pairs of a rank once the sparsity has settled.
+            expected_pairs: k·T, the pairs of a layer and rank once the sparsity has settled.
+            layers: that share it.
         """
         chunk = max(int(LEAST_BUDGET * expected_pairs), MIN_CHUNK_PAIRS)
-        return cls(max(int(activation_budget * expected_pairs), chunk), chunk)
+        call = max(int(activation_budget * expected_pairs), chunk)
+        return cls(layers * call, call, chunk, layers)
+
+    def plan(self, counts_L: Sequence[int]) -> list[Chunk]:
+        """Cut the next layer's pairs into chunks, in order, and take those that it keeps.
+
+        Every expert is in a chunk at least, with or without pairs. Experts that fit share a chunk, and an expert with
+        more pairs has even chunks of its own. Where not all pairs can be kept, a chunk is if that leaves room for one
+        that is not; so does a layer that keeps all, unless it is the last.
+        """
+        total = sum(counts_L)
+        self.layers -= 1
+        keep_all = total <= self.pairs - (self.chunk if self.layers > 0 else 0)
+        chunks: list[Chunk] = []
+        start = 0
+        for experts, counts, continues in _cut(counts_L, self.call if keep_all else self.chunk):
+            size = sum(counts)
+            keep = keep_all or size <= self.pairs - self.chunk
+            chunks.append(Chunk(experts, slice(start, start + size), counts, continues, keep))
+            start += size
+            self.pairs -= size if keep else 0
+        return chunks
+
+    def take(self, pairs: int) -> bool:
+        """Keep these pairs' activations, all or none: True where there is room."""
+        fits = pairs <= self.pairs
+        self.pairs -= pairs if fits else 0
+        return fits
 
 
 @dataclass(frozen=True)
@@ -62,24 +96,10 @@ class Chunk:
 
 
 def plan_chunks(counts_L: Sequence[int], budget: PairBudget | None) -> list[Chunk]:
-    """Cut a layer's pairs into chunks, in order; every expert is in one at least, with or without pairs.
-
-    Without a budget, or within it, there is one chunk. Otherwise none is larger than budget.chunk: experts that fit
-    share one, and an expert with more pairs has even chunks of its own. A chunk is kept where it leaves room in the
-    budget for one that is not.
-    """
-    total = sum(counts_L)
-    if budget is None or total <= budget.pairs:
-        return [Chunk(slice(0, len(counts_L)), slice(0, total), list(counts_L), continues=False, keep=True)]
-    chunks: list[Chunk] = []
-    start = kept = 0
-    for experts, counts, continues in _cut(counts_L, budget.chunk):
-        size = sum(counts)
-        keep = kept + size <= budget.pairs - budget.chunk
-        chunks.append(Chunk(experts, slice(start, start + size), counts, continues, keep))
-        start += size
-        kept += size if keep else 0
-    return chunks
+    """`budget.plan`; without a budget all pairs in one chunk, kept."""
+    if budget is not None:
+        return budget.plan(counts_L)
+    return [Chunk(slice(0, len(counts_L)), slice(0, sum(counts_L)), list(counts_L), continues=False, keep=True)]
 
 
 def _cut(counts_L: Sequence[int], limit: int) -> Iterator[tuple[slice, list[int], bool]]:

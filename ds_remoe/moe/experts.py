@@ -76,7 +76,8 @@ class StackedSwiGLU(nn.Module):
 
         Args:
             dispatched: tokens and pairs of this rank.
-            budget: pre-activations to keep for backward at most; those of the pairs beyond it are recomputed.
+            budget: pre-activations to keep for backward at most, taken from here; those of the pairs beyond it are
+                recomputed.
 
         Raises:
             TypeError: the tokens' dtype is not the experts', and no autocast says what to compute in.
@@ -169,18 +170,17 @@ class ModuleExperts(nn.ModuleList):
 
         Args:
             dispatched: tokens and pairs of this rank.
-            budget: experts, in order, whose pairs no longer fit in budget.pairs are run again in backward instead of
-                keeping their activations. An expert is never cut, as it may look at all its tokens together.
+            budget: experts, in order, whose pairs no longer fit in it are run again in backward instead of keeping
+                their activations. An expert is never cut, as it may look at all its tokens together.
         """
         rows = dispatched.rows
         out = torch.zeros(dispatched.num_out_rows, rows.shape[1], dtype=sum_dtype(rows), device=rows.device)
-        start = kept = 0
+        start = 0
         for expert, count in zip(self, dispatched.counts_L, strict=True):
             span = slice(start, start + count)
             start += count
             arguments = expert, rows, dispatched.in_row_ids_M[span], dispatched.weights_M[span]
-            if budget is None or kept + count <= budget.pairs:
-                kept += count
+            if budget is None or budget.take(count):
                 weighted = _run_weighted(*arguments)
             else:
                 weighted = checkpoint(_run_weighted, *arguments, use_reentrant=False)

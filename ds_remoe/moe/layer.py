@@ -52,6 +52,7 @@ class MoE(DeepSpeedMoE):
             DeepSpeed does.
         activation_budget: pre-activations of the experts that exist at a time, as a multiple of the k·T pairs of T
             tokens; those of the pairs beyond it are recomputed in backward (see `ds_remoe.moe.budget`). None keeps all.
+            The layers of a model may share theirs, see `forward`.
         wire_dtype: in which tokens, results and their gradients cross from rank to rank: "auto", as they are, or
             "bf16", rounded while everything is computed in the wider dtype. Needs ep_size > 1.
         hierarchical_all_to_all: a token crosses to another node once, and is spread there; for expert-parallel groups
@@ -148,6 +149,7 @@ class MoE(DeepSpeedMoE):
         used_token: Tensor | None = None,
         *,
         shared_expert: Callable[[Tensor], Tensor] | None = None,
+        budget: PairBudget | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pass tokens through their active experts.
 
@@ -156,6 +158,8 @@ class MoE(DeepSpeedMoE):
             used_token: one entry a token; where zero, the token passes no expert.
             shared_expert: [..., D] → [..., D], for every token; its result is added to the output. It is computed while
                 tokens are on their way between ranks, and its backward while their gradients are.
+            budget: what this layer's experts take their pre-activations from in place of activation_budget, for layers
+                that share one in a forward pass.
 
         Returns:
             output [..., D]; l_aux, the layer's share of the auxiliary loss, coefficient included (fp32 scalar): add
@@ -172,7 +176,7 @@ class MoE(DeepSpeedMoE):
             if shared_expert is not None:
                 shared = shared_expert(hidden_states)
 
-        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token, meanwhile)
+        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token, meanwhile, budget)
         if dense is not None:
             share = F.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * share[..., 0:1] + dense * share[..., 1:]
@@ -214,7 +218,11 @@ class RoutedExperts(nn.Module):
         self.ep_group = group
 
     def forward(
-        self, hidden_states: Tensor, used_token: Tensor | None = None, meanwhile: Callable[[], None] | None = None
+        self,
+        hidden_states: Tensor,
+        used_token: Tensor | None = None,
+        meanwhile: Callable[[], None] | None = None,
+        budget: PairBudget | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] → (output [..., D], auxiliary loss, counts [E]); `meanwhile` runs while tokens are on their way."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -228,11 +236,11 @@ class RoutedExperts(nn.Module):
         if meanwhile is not None:
             meanwhile()
         dispatched = finish()
-        out_MD = self.experts.deepspeed_experts(dispatched, self._budget(x_TD))
+        out_MD = self.experts.deepspeed_experts(dispatched, self._own_budget(x_TD) if budget is None else budget)
         output = combine(out_MD, dispatched.plan, x_TD.shape[0])
         return output.view(hidden_states.shape), aux_loss, routing.counts_E
 
-    def _budget(self, x_TD: Tensor) -> PairBudget | None:
+    def _own_budget(self, x_TD: Tensor) -> PairBudget | None:
         if self.activation_budget is None:
             return None
         # With expert parallelism each rank has as many tokens as this one, so k·T pairs are an even share.

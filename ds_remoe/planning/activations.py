@@ -30,7 +30,7 @@ class Load:
         tokens: T, of this rank.
         rows_to_rank: rows that this rank sends to each rank of its group, itself included.
         pairs: pairs that reach this rank's experts.
-        kept_pairs: of these, with a pre-activation kept for backward, at most.
+        kept_pairs: of these, with a pre-activation kept for backward, at most; a mean of layers that share a budget.
         call_pairs: pairs whose temporaries exist together: those of one call on a GPU, of one expert on the CPU.
     """
 
@@ -42,19 +42,23 @@ class Load:
     call_pairs: float
 
     @classmethod
-    def of(cls, moe: MoEConfig, tokens: int, density: float, *, is_cpu: bool = False) -> Load:
+    def of(
+        cls, moe: MoEConfig, tokens: int, density: float, *, is_cpu: bool = False, model: ModelConfig | None = None
+    ) -> Load:
         """The load of `tokens` tokens a rank at a density, k/E once the sparsity has settled.
 
-        A token needs a rank with L experts with probability 1 - (1 - density)^L, its experts taken as independent.
+        A token needs a rank with L experts with probability 1 - (1 - density)^L, its experts taken as independent. The
+        layers of `model` share their budget, except under activation checkpointing; without a model it is one layer's.
         """
         local = moe.total_experts // moe.ep_size
         rows = tokens * (1 - (1 - density) ** local)
         pairs = density * moe.total_experts * tokens
         kept, largest = pairs, pairs / local if is_cpu else pairs
         if moe.activation_budget is not None:
-            budget = PairBudget.of(moe.activation_budget, moe.active_experts * tokens)
-            if pairs > budget.pairs:
-                kept, largest = budget.pairs - budget.chunk, min(largest, budget.chunk)
+            layers = 1 if model is None or model.activation_checkpointing else max(1, moe_layers(model, moe))
+            budget = PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers)
+            if pairs > budget.call:
+                kept, largest = (budget.pairs - budget.chunk) / layers, min(largest, budget.chunk)
         return cls(density, tokens, rows, pairs, kept, largest)
 
     @property
@@ -120,18 +124,18 @@ def activations(
 
 
 def _norm(model: ModelConfig, tokens: int, item: int, is_cpu: bool) -> float:
-    """Input and output of an RMSNorm and each row's factor; on the CPU also what it is composed of, in fp32."""
+    """Input and output of an RMSNorm and each row's factor; in bf16 on the CPU also what it is composed of, in fp32."""
     kept = 2 * item * model.hidden_size + FP32
-    if is_cpu:
-        kept += model.hidden_size * (FP32 if item == FP32 else 2 * FP32 - item)
+    if is_cpu and item != FP32:
+        kept += model.hidden_size * (2 * FP32 - item)
     return tokens * kept
 
 
 def _attention(model: ModelConfig, tokens: int, item: int, is_cpu: bool) -> float:
-    """q, k, v, the scores' output and log-sums; on the CPU also the output in the layout of the last projection."""
+    """q, k, v, the scores' output and log-sums; in bf16 on the CPU also the output in the last projection's layout."""
     heads_are_shared = item != FP32 and model.kv_heads < model.num_heads
     key_value = model.kv_heads * model.head_size if heads_are_shared else model.hidden_size
-    outputs = 2 if is_cpu else 1
+    outputs = 2 if is_cpu and item != FP32 else 1
     return tokens * ((1 + outputs) * model.hidden_size * item + 2 * key_value * item + model.num_heads * FP32)
 
 

@@ -97,7 +97,7 @@ def make_plan(run: RunConfig, vocab_size: int, cluster: Cluster, densities: Mapp
     over_ranks = moe.router == "relu" and run.remoe.sparsity.balance_scope == "data_parallel"
     stages = []
     for name, density in densities.items():
-        load = Load.of(moe, tokens, density, is_cpu=is_cpu)
+        load = Load.of(moe, tokens, density, is_cpu=is_cpu, model=model)
         kept = activations(model, moe, vocab_size, load, settings.dtype, is_cpu=is_cpu)
         memory = Memory(states, kept, exchange_buffers(moe, model.hidden_size, load, settings.item))
         wire = flows(model, moe, groups, settings, cluster, load, over_ranks)
