@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,21 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     optimizer = engine.optimizer
     base: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     return base
+
+
+@contextmanager
+def configured_hyperparameters(engine: Any) -> Iterator[None]:
+    """Keep weight decay, betas and the like as configured over a load, which would bring those of the checkpoint.
+
+    The learning rate is the checkpoint's, until the scheduler sets it.
+    """
+    base = base_optimizer(engine)
+    configured = base.state_dict()["param_groups"]
+    yield
+    loaded = base.state_dict()
+    groups = [{**old, **new, "lr": old["lr"]} for old, new in zip(loaded["param_groups"], configured, strict=True)]
+    # Through the optimizer's own load, which puts the states where its settings (fused) want them.
+    base.load_state_dict({"state": loaded["state"], "param_groups": groups})
 
 
 def _check_not_muon(groups: Iterable[Mapping[str, Any]]) -> None:

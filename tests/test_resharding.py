@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import ds_remoe
 from ds_remoe.bench.results_file import write_results
 from ds_remoe.config import load_run
-from ds_remoe.deepspeed_optimizer_state import saved_cut
+from ds_remoe.deepspeed_optimizer_state import base_optimizer, saved_cut
 from ds_remoe.model.exported import load_exported
 from ds_remoe.training import runtime
 from ds_remoe.training.export import CheckpointWeights, export
@@ -81,6 +81,16 @@ def save_again(configs: list[Path]) -> None:
         trainer.checkpoints.load(trainer.engine, choice)
         trainer.checkpoints.save(trainer.engine, choice.manifest.step, choice.manifest.samples, None)
         trainer.engine.destroy()
+
+
+def train_on(config: Path) -> None:
+    """On a rank: continue a run, and see that its optimizer is as its file says."""
+    runtime.quiet_output()
+    trainer = Trainer(load_run(config, [], world_size=int(os.environ["WORLD_SIZE"])), torch.device("cpu"))
+    trainer.train("auto")
+    for group in base_optimizer(trainer.engine).param_groups:
+        assert (group["weight_decay"], group["fused"], tuple(group["betas"])) == (0.25, True, (0.8, 0.95))
+        assert group["lr"] < 3e-3  # the schedule's
 
 
 def on_ranks(
@@ -171,6 +181,18 @@ def test_every_weight_master_and_moment_is_handed_on_bit_for_bit(handed_on: tupl
         for at in kept:
             assert torch.equal(first[at], state[at]), (checkpoint, at)
         assert Manifest.read(checkpoint).step == SAVED
+
+
+@pytest.mark.parametrize("cut", [(2, 2, 2), (1, 1, 0)], ids=["the_same", "resharded"])
+def test_the_optimizers_settings_are_the_run_files(handed_on: tuple[str, list[Path]], tmp_path: Path, cut: Cut) -> None:
+    dtype, checkpoints = handed_on
+    shutil.copytree(checkpoints[0].parents[1], tmp_path / "run")
+    config = config_of(tmp_path, "run", cut, SAVED + 1, bf16={"enabled": dtype == "bf16"})
+    config["remoe"]["data"]["cache_dir"] = str(checkpoints[0].parents[2] / "data")
+    config["optimizer"]["params"] |= {"weight_decay": 0.25, "betas": [0.8, 0.95], "fused": True}
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    codes, output = fork_ranks(train_on, cut[0], tmp_path / "run.json", log=tmp_path / "log")
+    assert codes == [0] * cut[0], output
 
 
 def test_an_export_is_the_same_from_any_topology(handed_on: tuple[str, list[Path]], tmp_path: Path) -> None:
