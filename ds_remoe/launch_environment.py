@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 
+COLLECTIVE_TIMEOUT = "DEEPSPEED_TIMEOUT"
+_COLLECTIVE_TIMEOUT_MINUTES = "30"
+HOSTFILE = "DS_REMOE_HOSTFILE"
+"""Set by launch/multinode.sh, which forwards it to the ranks."""
 RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
@@ -21,3 +26,24 @@ def ranks_per_node() -> int | None:
             raise ValueError(f"{name} = {text!r}: must be the number of ranks on this machine, at least 1")
         return int(text)
     return None
+
+
+def collective_timeout() -> float:
+    """Seconds after which torch gives up a collective: DEEPSPEED_TIMEOUT (minutes), by default 30 minutes.
+
+    Raises:
+        ValueError: the variable is no positive whole number; DeepSpeed reads none else.
+    """
+    text = os.environ.get(COLLECTIVE_TIMEOUT, _COLLECTIVE_TIMEOUT_MINUTES)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{COLLECTIVE_TIMEOUT} = {text!r}: must be a whole number of minutes, at least 1")
+    return 60.0 * int(text)
+
+
+def launch_command(world_size: int) -> str:
+    """What starts a run like this one again, without the trainer's arguments."""
+    if ranks_per_node() in (None, world_size):
+        return f"bash launch/train.sh {world_size}"
+    if "SLURM_JOB_ID" in os.environ:
+        return f"sbatch --nodes {os.environ.get('SLURM_JOB_NUM_NODES', 'N')} launch/slurm.sbatch"
+    return f"bash launch/multinode.sh --hostfile {shlex.quote(os.environ.get(HOSTFILE, 'FILE'))}"

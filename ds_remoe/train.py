@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 from ds_remoe.config import load_run_or_exit
-from ds_remoe.config.leave import leave
+from ds_remoe.config.leave import GRACE_SECONDS, WRONG_INPUT, leave
 
 TRAINING_FAILED = 1
 
@@ -31,7 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Train, and return 0.
 
-    The process exits with 2 where configuration or checkpoint cannot be used, and with 1 where training fails.
+    The process exits with 2 where configuration or checkpoint cannot be used, with 3 where another rank hangs or is
+    gone, and with 1 where training fails otherwise.
     """
     options = parse_arguments(arguments)
     from deepspeed.accelerator import get_accelerator
@@ -45,26 +47,40 @@ def main(arguments: list[str] | None = None) -> int:
     from ds_remoe.data.documents import DataError
     from ds_remoe.training import runtime
     from ds_remoe.training.guard import TrainingStoppedError
+    from ds_remoe.training.lost_output import outlast_readers
     from ds_remoe.training.manifest import CheckpointError, CheckpointSaveError
     from ds_remoe.training.metrics import MetricsError
     from ds_remoe.training.report import report
     from ds_remoe.training.trainer import Trainer
+    from ds_remoe.training.watchdog import HUNG
 
+    outlast_readers()
     runtime.quiet_output()
     device = runtime.start(run.remoe.train.seed)
+    watchdog = runtime.watch(run.remoe.train)
+
+    def end(message: str, code: int, grace_seconds: float = GRACE_SECONDS) -> NoReturn:
+        watchdog.position.at("ending")  # it may take its time
+        leave(message, grace_seconds, code)
+
     try:
-        trainer = Trainer(run, device)
+        trainer = Trainer(run, device, watchdog.position)
         outcome = trainer.train(options.resume)
         if outcome.trained and outcome.stopped_by is None:
             report(trainer, outcome)
     except (CheckpointSaveError, TrainingStoppedError) as error:
-        leave(str(error), code=TRAINING_FAILED)
+        end(str(error), TRAINING_FAILED)
     except (CheckpointError, DataError, MetricsError) as error:
-        leave(str(error))
+        end(str(error), WRONG_INPUT)
+    except RuntimeError as error:
+        gone = watchdog.explain(error)
+        if gone is None:
+            raise
+        end(gone, HUNG, grace_seconds=0 if watchdog.rank_0_is_silent else GRACE_SECONDS)
     if not outcome.trained:
         print(f"Nothing to do: {outcome.checkpoint} is at step {outcome.step} of {run.remoe.train.steps}.")
         print(f"To train on: {trainer.continue_command(outcome.step)}")
-    runtime.stop()
+    runtime.stop(watchdog)
     return 0
 
 

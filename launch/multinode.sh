@@ -14,6 +14,12 @@
 #   --node_rank I       with --no_ssh: this node's line in the hostfile, from 0; default: SLURM_NODEID
 #   --launcher L        pdsh (default), openmpi, mpich, impi, mvapich or slurm, as `deepspeed --launcher`
 #   --export NAMES      forward these variables too, separated by commas
+#   --skip_checks       start without the look at the nodes (`ds-remoe doctor`, some seconds), which refuses what would
+#                       hang or go wrong; with --no_ssh there is none
+#
+# SIGTERM or SIGINT to this script, to deepspeed or to a rank: all ranks save, and the exit code is 0. Other exit codes:
+# 2 for a configuration, checkpoint or data that cannot be used, 1 for a failure. To restart after a failure:
+#   ds-remoe supervise -- bash launch/multinode.sh ...
 #
 # What it needs on every node: this repository at this same path with the same .venv (a shared file system, or a clone
 # and `bash launch/setup.sh` on each), and remoe.train.output_dir and remoe.data.cache_dir on a file system that all
@@ -23,19 +29,21 @@
 #
 # Environment: pdsh forwards next to nothing by itself. This script forwards PATH and LD_LIBRARY_PATH, OMP_NUM_THREADS,
 # DS_ACCELERATOR, DEEPSPEED_TIMEOUT, proxies, and all of NCCL_*, GLOO_*, TORCH_*, TRITON_*, FI_*, DS_REMOE_*, HF_* and
-# WANDB_*, then the lines NAME=VALUE of .deepspeed_env in the home and in this repository, which win. They stand in
-# the command line of a process on each node, for every user there to see; so nothing whose name ends in KEY, TOKEN,
-# SECRET or PASSWORD goes along: log in on the nodes instead (`wandb login`, `hf auth login`).
+# WANDB_*, then the lines NAME=VALUE of .deepspeed_env in the home and in this repository (or of DS_ENV_FILE), which
+# win; blank lines and comments, at which deepspeed itself ends with an exception, are left out. All that stands in the
+# command line of a process on each node, for every user there to see; so nothing whose name ends in KEY, TOKEN, SECRET
+# or PASSWORD goes along: log in on the nodes instead (`wandb login`, `hf auth login`).
 set -euo pipefail
 
 die() { printf 'multinode.sh: %s\n' "$*" >&2; exit 2; }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hostfile='' master_addr='' master_port="${MASTER_PORT:-29500}" node_rank="${SLURM_NODEID:-}" launcher=pdsh export_names=''
-ssh=1
+ssh=1 checks=1 given=("$@")
 while (($#)); do
     case "$1" in
         --no_ssh) ssh=0; shift; continue ;;
+        --skip_checks) checks=0; shift; continue ;;
         --hostfile | --master_addr | --master_port | --node_rank | --launcher | --export) ;;
         *) break ;;
     esac
@@ -58,6 +66,13 @@ done
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+DS_REMOE_HOSTFILE=$(realpath "$hostfile") # for the command that the trainer prints at the end
+export DS_REMOE_HOSTFILE
+
+if [[ -z "${PYTHON_DS_REMOE_RUN:-}" && "$(uname -s)" == Linux ]]; then
+    # DeepSpeed's launcher alone, asked to stop, cuts the ranks off before they have saved.
+    exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash launch/multinode.sh "${given[@]}"
+fi
 
 if ((!ssh)); then
     [[ "$node_rank" =~ ^[0-9]+$ ]] || die "--no_ssh needs --node_rank I, or SLURM_NODEID (found '$node_rank')"
@@ -88,9 +103,34 @@ forwarded() {
         printf '%s=%s\n' "$name" "$value"
     done < <(compgen -e)
     # deepspeed's parser ends at a blank line or a comment with an exception.
-    sed -e '/^[[:space:]]*#/d' -e '/^[[:space:]]*$/d' ~/.deepspeed_env .deepspeed_env 2>/dev/null || true
+    local file line files=(~/.deepspeed_env .deepspeed_env)
+    [[ -z "${DS_ENV_FILE:-}" ]] || files=("$DS_ENV_FILE")
+    for file in "${files[@]}"; do
+        [[ -f "$file" ]] || continue
+        while IFS= read -r line || [[ -n "$line" ]]; do
+            [[ "$line" =~ ^[[:space:]]*(#|$) ]] && continue
+            [[ "$line" =~ ^[[:space:]]*[A-Za-z_][A-Za-z0-9_]*= ]] || die "$file: the line '$line' is not NAME=VALUE"
+            printf '%s\n' "$line"
+        done <"$file"
+    done
 }
 environment=$(forwarded)
+
+if ((checks)); then
+    wanted=(--hostfile "$hostfile" --master_port "$master_port" ${master_addr:+--master_addr "$master_addr"})
+    previous=''
+    for argument in "$@"; do
+        case "$previous" in --config | --set) wanted+=("$previous" "$argument") ;; esac
+        case "$argument" in --config=* | --set=*) wanted+=("$argument") ;; esac
+        previous=$argument
+    done
+    ds-remoe doctor --brief "${wanted[@]}" || {
+        code=$?
+        echo "multinode.sh: not started; mend what the doctor names, or --skip_checks" >&2
+        exit "$code"
+    }
+fi
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 printf '%s\n' "$environment" >"$scratch/environment"
@@ -107,15 +147,20 @@ for argument in "$@"; do
     arguments+=("$argument")
 done
 
-deepspeed --quiet --hostfile "$hostfile" --launcher "$launcher" ${master_addr:+--master_addr "$master_addr"} \
-    --master_port "$master_port" --module ds_remoe.train "${arguments[@]}" &
-child=$!
-# Not exec: the scratch folder goes at the end. A signal is passed on, and its outcome is waited for.
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do
+# ssh to a node that no longer answers would never end, and pdsh waits for all of them.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:--oServerAliveInterval=15 -oServerAliveCountMax=4}"
+
+{ # read as a whole, as this file may change while the run lasts
+    deepspeed --quiet --hostfile "$hostfile" --launcher "$launcher" ${master_addr:+--master_addr "$master_addr"} \
+        --master_port "$master_port" --module ds_remoe.train "${arguments[@]}" &
+    child=$!
+    # Not exec: the scratch folder goes at the end. A signal is passed on, and its outcome is waited for.
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
     code=0
     wait "$child" || code=$?
-done
-exit "$code"
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    exit "$code"
+}

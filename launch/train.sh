@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Train on the ranks of this machine: bash launch/train.sh RANKS --config FILE [--set path=value ...] [--resume ...]
+#
+# SIGTERM or SIGINT to this script, to the launcher or to a rank: all ranks save, and the exit code is 0. Other exit
+# codes: 2 for a configuration, checkpoint or data that cannot be used, 1 for a failure.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,6 +21,10 @@ if ((gpus == 0)); then
 elif ((gpus < ranks)) && [[ "${DS_ACCELERATOR:-}" != cpu ]]; then
     echo "train.sh: $ranks ranks, but this machine has $gpus GPUs; ask for at most $gpus, or set DS_ACCELERATOR=cpu" >&2
     exit 2
+fi
+if [[ -z "${PYTHON_DS_REMOE_RUN:-}" && "$(uname -s)" == Linux ]]; then
+    # DeepSpeed's launcher alone dies of SIGTERM and leaves its ranks behind.
+    exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash launch/train.sh "$ranks" "$@"
 fi
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 exec deepspeed --quiet --num_gpus "$ranks" --master_port "$port" --module ds_remoe.train "$@"

@@ -36,7 +36,9 @@ def train(config: str, stage: int, ep_size: int, folder: str) -> list[dict[str, 
     for module in trainer.model.modules():
         if isinstance(module, Router):
             module.register_forward_hook(lambda module, inputs, result: masks.append(result[0].mask_TE.clone()))
-    dense = sum(p.numel() for p in trainer.model.parameters() if not is_moe_param(p))
+    sizes = {True: 0, False: 0}
+    for parameter in trainer.model.parameters():
+        sizes[is_moe_param(parameter)] += 4 * parameter.numel()
     rows = []
     for step in range(STEPS):
         for index in range(trainer.batch.accumulation):
@@ -53,7 +55,8 @@ def train(config: str, stage: int, ep_size: int, folder: str) -> list[dict[str, 
                     "losses": (output.lm_loss.item(), output.aux_loss.item()),
                     "masks": list(masks),
                     "is_boundary": index + 1 == trainer.batch.accumulation,
-                    "dense_bytes": 4 * dense,
+                    "dense_bytes": sizes[False],
+                    "expert_bytes": sizes[True],
                     "forward": forward - before,
                     "backward": backward - forward,
                     "step": quiet_wire() - backward,
@@ -62,13 +65,17 @@ def train(config: str, stage: int, ep_size: int, folder: str) -> list[dict[str, 
     return rows
 
 
-def main() -> None:
+def train_stages(config: str, ep_size: int, folder: str) -> None:
     """Write the rows of both stages to FOLDER/rank{r}.pt."""
-    config, ep_size, folder = sys.argv[-3], int(sys.argv[-2]), sys.argv[-1]
-    runtime.quiet_output()
-    runtime.start(seed=0)
     rows = {stage: train(config, stage, ep_size, folder) for stage in (1, 2)}
     torch.save(rows, f"{folder}/rank{dist.get_rank()}.pt")
+
+
+def main() -> None:
+    """One rank that the launcher started."""
+    runtime.quiet_output()
+    runtime.start(seed=0)
+    train_stages(sys.argv[-3], int(sys.argv[-2]), sys.argv[-1])
     runtime.stop()
 
 

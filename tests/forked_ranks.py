@@ -76,7 +76,8 @@ def _rank(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    # Replaced streams must not close what they wrote to, as the interpreter's own do not.
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
     import deepspeed

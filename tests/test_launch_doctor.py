@@ -44,6 +44,8 @@ def test_nodes_that_agree_pass_every_check() -> None:
 
 def test_a_node_that_differs_is_named_with_what_is_wrong_there() -> None:
     loopback = checks.names(nodes(addresses={"node-2": ["127.0.1.1"]}))
+    assert checks.names(nodes(addresses={"node-2": ["127.0.1.1"]}), interface="eth0").good
+    assert not checks.names(nodes(addresses={"node-3": ["127.0.1.1"]}), interface="eth0").good
     unknown = checks.names(nodes(addresses={"node-3": []}))
     versions = checks.versions(nodes(versions=FACTS.versions | {"deepspeed": "0.19.4"}))
     code = checks.code(nodes(code="e" * 64))

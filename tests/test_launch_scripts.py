@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ds_remoe.launch_environment import launch_command
+
 LAUNCH = Path(__file__).parents[1] / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), LAUNCH.with_name(".ci") / "run"])
 
 
 def multinode(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,3 +48,16 @@ def test_the_shell_understands(script: Path) -> None:
 def test_shellcheck_finds_nothing(script: Path) -> None:
     done = subprocess.run(["shellcheck", "--shell=bash", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_command_that_goes_on_fits_how_the_run_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID", "DS_REMOE_HOSTFILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch_command(2) == "bash launch/train.sh 2"
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert launch_command(2) == "bash launch/train.sh 2"
+    monkeypatch.setenv("DS_REMOE_HOSTFILE", "/a b/hosts")
+    assert launch_command(4) == "bash launch/multinode.sh --hostfile '/a b/hosts'"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert launch_command(4) == "sbatch --nodes 2 launch/slurm.sbatch"

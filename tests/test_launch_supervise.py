@@ -1,138 +1,128 @@
-"""A supervised run: killed ranks, launchers and supervisors, and what it does not restart."""
+"""What looks after a run: killed ranks, launchers and supervisors, signals to each, and what is not restarted."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
 from pathlib import Path
 
-import psutil
 import pytest
+from launched_runs import (
+    BIN,
+    LAUNCHER,
+    RUNNER,
+    STEPS,
+    RealRun,
+    light,
+    needs_venv,
+    slow,
+    stopped_once,
+    supervised,
+    undisturbed_run,
+    wait_until,
+)
 from ranks import free_port
-from test_resume import Run
 
 from ds_remoe.launching.hosts import Host, HostfileError, read_hostfile
-from ds_remoe.launching.processes import TOKEN_VARIABLE
-
-BIN = Path(sys.executable).parent
-STEPS = 100  # so many that the last of several signals comes before the end on a fast machine, too
+from ds_remoe.launching.processes import TOKEN_VARIABLE, end
 
 
-class BareRun(Run):
-    """A run without W&B, whose processes are no part of these tests."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        super().__init__(folder, data)
-        content = json.loads(self.config.read_text())
-        content["remoe"]["logging"] = {}
-        content["remoe"]["train"]["steps"] = STEPS
-        content["scheduler"]["params"]["total_num_steps"] = STEPS
-        self.config.write_text(json.dumps(content))
-
-
-class Supervised(BareRun):
-    """A run under `ds-remoe supervise`."""
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [f"{BIN}/ds-remoe", "supervise", "--backoff", "0.1", "--grace", "60", "--"]
-        command += [f"{BIN}/deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-        command += ["--module", "ds_remoe.train", "--config", str(self.config), *arguments]
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        }
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        wait_until(lambda: len(self.lines()) >= step or process.poll() is not None, f"step {step}")
-        assert process.poll() is None, process.communicate()[0][-5000:]
-
-    def kill_and_see_it_restart(self, name: str, process: subprocess.Popen[str]) -> None:
-        """SIGKILL to a process of the run; returns when ranks started after it have done some steps."""
-        old = {rank.pid for rank in self.processes("--local_rank")}
-        self.processes(name)[0].kill()
-
-        def new_ranks() -> int:
-            pids = {rank.pid for rank in self.processes("--local_rank=")}
-            return len(pids - old) if not pids & old else 0
-
-        wait_until(lambda: new_ranks() == 2 or process.poll() is not None, "the restart")
-        self.wait_for_step(len(self.lines()) + 1, process)
-
-    def processes(self, of: str) -> list[psutil.Process]:
-        """Those of this run that carry a supervisor's token and have `of` in their command line."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                line, environment = process.cmdline(), process.environ()
-            except psutil.Error:
-                continue
-            if TOKEN_VARIABLE in environment and str(self.config) in line and any(of in part for part in line):
-                found.append(process)
-        return found
+def test_a_killed_rank_or_launcher_is_restarted_and_a_stopped_launcher_is_not(tmp_path: Path) -> None:
+    session = light(tmp_path)
+    session.wait_for_steps(2)
+    session.kill_and_see_it_restart("--local_rank=1")
+    assert session.saved() == [], "a rank without its peer cannot have saved"
+    session.kill_and_see_it_restart(LAUNCHER)
+    assert len(session.saved()) == 1, "the ranks that outlived the launcher were not given time to save"
+    session.find(LAUNCHER)[0].terminate()
+    output = session.end()
+    for expected in ("restart 1 of 10", "the launcher was gone", "restart 2 of 10", "stopped by SIGTERM; saved after"):
+        assert expected in output, output[-5000:]
+    assert len(session.saved()) == 2
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
+def test_sigterm_to_deepspeed_itself_which_would_leave_its_ranks_behind(tmp_path: Path) -> None:
+    session = light(tmp_path)
+    session.wait_for_steps(2)
+    session.find(RUNNER)[0].terminate()
+    assert "stopped by SIGTERM to the launcher; saved after" in session.end()
+    assert len(session.saved()) == 1
+
+
+def test_a_killed_supervisor_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> None:
+    session = light(tmp_path)
+    session.wait_for_steps(2)
+    session.process.kill()
+    wait_until(lambda: session.find("") == [], "the end of the killed supervisor's run", seconds=60)
+    assert session.saved() == [f"step{session.steps():08d}"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp("runs")
-    run = BareRun(root / "undisturbed", root / "data")
-    run.finish()
-    return run
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RealRun:
+    return undisturbed_run(tmp_path_factory)
 
 
-def test_faults_of_every_process_leave_the_undisturbed_line(undisturbed: Run) -> None:
-    """A rank killed, then the launcher, then SIGTERM to the supervisor, then SIGKILL to it; and on to the end."""
-    run = Supervised(undisturbed.folder.with_name("disturbed"), undisturbed.folder.with_name("data"))
-    process = run.start()
-    try:
-        run.wait_for_step(5, process)
-        run.kill_and_see_it_restart("--local_rank=1", process)
-        run.kill_and_see_it_restart("deepspeed.launcher.launch", process)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output[-5000:]
-        done = len(run.lines())
-        assert done < STEPS, "the signal came too late to prove anything"
-        assert f"stopped by SIGTERM; saved after step {done}" in output
-        assert "restart 1 of 10" in output
-        assert "restart 2 of 10" in output
-        assert "the launcher was gone" in output
-        assert run.checkpoints()[-1] == f"step{done:08d}"
-        assert run.processes("") == []
+@pytest.fixture
+def run(undisturbed: RealRun, request: pytest.FixtureRequest) -> RealRun:
+    return undisturbed.sibling(request.node.name)
 
-        process = run.start()
-        run.wait_for_step(done + 2, process)
-        process.kill()
-        wait_until(lambda: run.processes("") == [], "the end of the killed supervisor's run", seconds=60)
-        assert len(run.lines()) < STEPS, "the signal came too late to prove anything"
-        assert run.checkpoints()[-1] == f"step{len(run.lines()):08d}", "its ranks were not given time to save"
-    finally:
-        process.kill()
-    process = run.start()
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-5000:]
+
+@needs_venv
+def test_sigterm_to_the_launch_script_saves_once_and_the_run_goes_on_as_undisturbed(
+    run: RealRun, undisturbed: RealRun
+) -> None:
+    session = run.by_script()
+    session.wait_for_steps(3)
+    session.terminate()
+    stopped_once(session)
+    run.train_to_the_end()
     assert run.records() == undisturbed.records()
+
+
+@slow
+@needs_venv
+@pytest.mark.parametrize("part", ["--local_rank=0", "--local_rank=1", RUNNER, LAUNCHER])
+def test_sigterm_to_any_process_under_the_launch_script_saves_once(part: str, run: RealRun) -> None:
+    session = run.by_script()
+    session.wait_for_steps(3)
+    session.find(part)[0].terminate()
+    stopped_once(session)
+
+
+@slow
+def test_faults_of_every_process_leave_the_undisturbed_line(run: RealRun, undisturbed: RealRun) -> None:
+    """A rank killed, then the launcher, then SIGTERM to the supervisor, then SIGKILL to it; and on to the end."""
+    launcher = [f"{BIN}/deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, "--module", "ds_remoe.train", "--config", str(run.config)]
+    session = supervised(run.folder, *command)
+    session.wait_for_steps(5)
+    session.kill_and_see_it_restart("--local_rank=1")
+    session.kill_and_see_it_restart(LAUNCHER)
+    session.terminate()
+    assert "supervise: stopped by SIGTERM; saved after" in session.end()
+    session = supervised(run.folder, *command)
+    session.wait_for_steps(2)
+    session.process.kill()
+    wait_until(lambda: session.find("") == [], "the end of the killed supervisor's run", seconds=60)
+    assert session.steps() < STEPS, "the signal came too late to prove anything"
+    assert session.saved()[-1] == f"step{session.steps():08d}", "its ranks were not given time to save"
+    supervised(run.folder, *command).end()
+    assert run.records() == undisturbed.records()
+
+
+def test_a_rank_that_starts_after_the_end_was_asked_for_is_asked_too(tmp_path: Path) -> None:
+    """By SIGTERM, at which bash gives 143, and not by SIGKILL after the grace."""
+    rank = "import time; open('up', 'w'); time.sleep(600)"
+    script = f'while [ ! -e go ]; do sleep 0.01; done; RANK=0 LOCAL_RANK=0 {sys.executable} -c "{rank}"; echo $? >code'
+    launcher = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env={**os.environ, TOKEN_VARIABLE: "late"})
+    ended = threading.Thread(target=end, args=("late", 60))
+    ended.start()
+    (tmp_path / "go").touch()
+    ended.join()
+    launcher.wait()
+    assert (tmp_path / "code").read_text() == "143\n"
 
 
 def supervise(folder: Path, script: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -161,6 +151,9 @@ def test_it_knows_when_a_restart_makes_no_sense(tmp_path: Path) -> None:
     assert (moving.returncode, starts(tmp_path / "moving")) == (1, 4)
     assert "killed by SIGKILL" in moving.stderr
     assert "gave up after 3 restarts" in moving.stderr
+
+    by_srun = supervise(tmp_path / "by_srun", f"{step} exit 143", "--max-restarts", "1")  # it ended the other tasks
+    assert (by_srun.returncode, starts(tmp_path / "by_srun")) == (1, 2)
 
     never_met = supervise(tmp_path / "never_met", "exit 1", "--max-restarts", "4")  # as when a node is still rebooting
     assert (never_met.returncode, starts(tmp_path / "never_met")) == (1, 5)

@@ -164,8 +164,8 @@ def test_a_run_stopped_twice_and_killed_continues_the_same_line(undisturbed: Run
 
 def test_a_resume_that_does_not_match_is_refused_once(undisturbed: Run) -> None:
     before = undisturbed.lines()
-    output = undisturbed.finish("--set", "zero_optimization.stage=1", code=2)
-    assert output.count("zero_stage: the checkpoint has 2, this run 1") == 1, output[-4000:]
+    output = undisturbed.finish("--set", "remoe.train.seed=1", code=2)
+    assert output.count("seed: the checkpoint has 0, this run 1") == 1, output[-4000:]
     assert undisturbed.lines() == before
 
 

@@ -42,6 +42,11 @@ def add_doctor(commands: Commands) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="of this machine, without a hostfile (default: 2)")
     parser.add_argument("--master_addr", metavar="A", help="address of the first node (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500, metavar="P", help="default: 29500")
+    parser.add_argument(
+        "--brief",
+        action="store_true",
+        help="without the all-to-all, and say only what is wrong: what launch/multinode.sh does before each start",
+    )
     parser.set_defaults(run=doctor)
 
 
@@ -65,8 +70,12 @@ def doctor(arguments: argparse.Namespace) -> int:
         run = load_run(arguments.config, arguments.overrides, world_size=world)
         folders = [run.remoe.train.output_dir, run.remoe.data.cache_dir]
     findings = _examine(hosts, arguments, folders)
-    console = Console()
-    console.print(_table(findings))
+    if arguments.brief:
+        for finding in findings:
+            if not finding.good:
+                print(f"doctor: {finding.check}: {finding.found}\n    remedy: {finding.remedy}", file=sys.stderr)
+    else:
+        Console().print(_table(findings))
     return 0 if all(finding.good for finding in findings) else 1
 
 
@@ -88,11 +97,16 @@ def _examine(hosts: Sequence[Host], arguments: argparse.Namespace, folders: Sequ
     if failed:
         return failed
     findings = [Finding("ssh", True, f"reaches {', '.join(names)}")] if names else []
-    findings += [checks.names(nodes), checks.versions(nodes), checks.code(nodes)]
+    interface = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME")
+    findings += [checks.names(nodes, interface), checks.versions(nodes), checks.code(nodes)]
     if arguments.config:
         findings.append(checks.config(nodes, arguments.config))
     findings += [checks.folder(nodes, folder) for folder in request.folders]
-    findings += [checks.port(nodes, arguments.master_port), checks.devices(nodes), checks.shared_memory(nodes)]
+    findings += [checks.port(nodes, arguments.master_port), checks.shared_memory(nodes)]
+    if os.environ.get("DS_ACCELERATOR") != "cpu":
+        findings.append(checks.devices(nodes))
+    if arguments.brief:
+        return findings
     if all(finding.good for finding in findings):
         findings.append(_exchange(hosts, nodes, arguments))
     else:
@@ -150,7 +164,10 @@ def _ask(hosts: Sequence[Host], request: Request) -> tuple[dict[Host, Facts], li
             remedy = f"make `ssh {host} true` work without a password (ssh-copy-id, known_hosts)"
             findings.append(Finding(f"ssh {host}", False, answer.reason, remedy))
         else:
-            remedy = f"ds_remoe must run there at this path: {Path.cwd()} with {sys.executable}"
+            remedy = (
+                f"ds_remoe must run there from {Path.cwd()} by {sys.executable}: share this folder, or clone it to the "
+                "same path there and run `bash launch/setup.sh`"
+            )
             findings.append(Finding(f"node {host}", False, answer.reason, remedy))
     return nodes, findings
 

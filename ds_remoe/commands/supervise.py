@@ -25,10 +25,11 @@ def add_supervise(commands: Commands) -> None:
     description = (
         "Run a launcher's command and restart it from the last good checkpoint when it fails. Stops at exit code 2 "
         "(configuration), and at a failure that repeats at the same step. SIGTERM and SIGINT make all ranks save; exit "
-        "code 0 then. No process is left when the supervisor itself is killed. Linux only."
+        "code 0 then. No process is left when the supervisor itself is killed. launch/train.sh and launch/multinode.sh "
+        "run so by themselves, with --max-restarts 0. Linux only."
     )
     parser = commands.add_parser("supervise", help="restart a run when it fails", description=description)
-    parser.add_argument("--max-restarts", type=int, default=10, metavar="N", help="restarts in all (default: 10)")
+    parser.add_argument("--max-restarts", type=int, default=10, metavar="N", help="in all (default: 10)")
     parser.add_argument(
         "--backoff",
         type=float,
@@ -77,6 +78,7 @@ def look(folder: Path) -> Progress:
     from ds_remoe.launching.supervisor import Progress
     from ds_remoe.training.checkpoint_folder import CheckpointFolder
     from ds_remoe.training.manifest import TAG, CheckpointError
+    from ds_remoe.training.stop_mark import stopped_by
 
     try:
         latest = CheckpointFolder(folder / "checkpoints").latest()
@@ -86,7 +88,7 @@ def look(folder: Path) -> Progress:
     files = (folder / ".lock", folder / "metrics.jsonl")
     stats = [path.stat() for path in files if path.exists()]
     mark = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return Progress(_last_step(folder / "metrics.jsonl"), int(tag[1]) if tag else None, mark)
+    return Progress(_last_step(folder / "metrics.jsonl"), int(tag[1]) if tag else None, mark, stopped_by(folder))
 
 
 def _last_step(metrics: Path) -> int:
@@ -109,7 +111,7 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     if arguments.run_dir is None and not _values(arguments.command, "--config"):
         return "the command has no --config FILE, so --run-dir DIR must say where the run keeps its checkpoints"
     resume = _values(arguments.command, "--resume")
-    if resume and resume[-1] != "auto":
+    if arguments.max_restarts > 0 and resume and resume[-1] != "auto":
         return f"--resume {resume[-1]}: each restart would go back to it; leave it out, which continues by itself"
     return None
 
@@ -125,7 +127,8 @@ def _other_nodes(command: Sequence[str]) -> list[Host]:
     from ds_remoe.launching.hosts import read_hostfile
 
     hostfile = _values(command, "--hostfile") + _values(command, "-H")
-    return read_hostfile(Path(hostfile[-1])) if hostfile and "--no_ssh" not in command else []
+    hosts = read_hostfile(Path(hostfile[-1])) if hostfile else []
+    return [] if "--no_ssh" in command else hosts
 
 
 def _values(command: Sequence[str], option: str) -> list[str]:

@@ -24,7 +24,7 @@ from ds_remoe.config.schema import (
     ReMoEConfig,
     TrainConfig,
 )
-from ds_remoe.launch_environment import ranks_per_node
+from ds_remoe.launch_environment import COLLECTIVE_TIMEOUT, collective_timeout, ranks_per_node
 
 
 def check_run(
@@ -61,6 +61,7 @@ def check_run(
         *check_moe(remoe, world_size),
         *check_wire(clean, remoe.moe),
         *check_spike_guard(clean, remoe.train),
+        *check_hang_timeout(remoe.train),
         *check_unread(remoe),
         *check_data(remoe.data),
         *check_folders(remoe),
@@ -144,6 +145,21 @@ def check_spike_guard(clean: Mapping[str, Any], train: TrainConfig) -> Iterator[
     if train.spike_guard is not None and fp16.get("enabled") and fp16.get("loss_scale", 0) == 0:
         remedy = 'dynamic fp16 loss scaling judges the steps alone; use "bf16", set fp16.loss_scale, or remove it'
         yield ConfigProblem("remoe.train.spike_guard", train.spike_guard.model_dump(), remedy)
+
+
+def check_hang_timeout(train: TrainConfig) -> Iterator[ConfigProblem]:
+    """A rank that hangs is named before torch gives up the collectives of the others."""
+    try:
+        longest = collective_timeout()
+    except ValueError as error:
+        yield ConfigProblem(COLLECTIVE_TIMEOUT, os.environ[COLLECTIVE_TIMEOUT], str(error).partition(": ")[2])
+        return
+    if train.hang_timeout is not None and train.hang_timeout > longest:
+        remedy = (
+            f"more than {COLLECTIVE_TIMEOUT} = {longest / 60:g} minutes, after which torch gives up each collective by "
+            f"itself; set at most {longest:g}, or raise {COLLECTIVE_TIMEOUT} (environment)"
+        )
+        yield ConfigProblem("remoe.train.hang_timeout", train.hang_timeout, remedy)
 
 
 def check_unread(remoe: ReMoEConfig) -> Iterator[ConfigProblem]:

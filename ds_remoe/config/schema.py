@@ -78,9 +78,10 @@ class MoEConfig(Section):
     aux_loss_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the Switch load-balancing loss of each layer; read by router "topk" only."""
     activation_budget: float | None = Field(default=1.25, ge=0.25)
-    """Experts' pre-activations that exist at a time in a layer, as a multiple of k*G pairs a token; those of the pairs
-    beyond it (the dense stage) are recomputed in backward, at 2/9 of such a pair's FLOPs. null in the file keeps all,
-    as does a number from num_experts/k up."""
+    """Experts' pre-activations that exist at a time, as a multiple of k*G pairs a token and MoE layer, which the layers
+    share (under activation_checkpointing each has its own); those of the pairs beyond it (the dense stage) are
+    recomputed in backward, at 2/9 of such a pair's FLOPs. null in the file keeps all, as does a number from
+    num_experts/k up."""
 
     wire_dtype: Literal["auto", "bf16"] = "auto"
     """In which tokens, results and their gradients cross from rank to rank: as they are, or rounded to bf16 while an
@@ -223,6 +224,11 @@ class TrainConfig(Section):
     """Skip steps whose gradient norm is far above that of the steps before. Default: only what is not finite."""
     dead_after: int = Field(default=100, gt=0)
     """Applied steps without a token after which an expert or MoE layer is called dead, in the logs and the summary."""
+    hang_timeout: float | None = Field(default=None, ge=1)
+    """Seconds without progress in a training step or evaluation after which the run ends with exit code 3, naming the
+    rank that did not arrive. First steps and evaluations, starting, loading, saving and ending have DEEPSPEED_TIMEOUT
+    (environment; minutes, default 30), which this may not exceed; preparing the data has no limit. Default: 300, or
+    DEEPSPEED_TIMEOUT if that is less."""
     output_dir: str = Field(min_length=1)
     """The run's folder: checkpoints, metrics.jsonl, pictures, summary, W&B files."""
 

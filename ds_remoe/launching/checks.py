@@ -37,18 +37,28 @@ class Finding:
 Nodes = Mapping[Host, Facts]
 
 
-def names(nodes: Nodes) -> Finding:
-    """The hostfile's names, and each node's own, mean the same real address everywhere."""
+def names(nodes: Nodes, interface: str | None = None) -> Finding:
+    """The hostfile's names, and each node's own, mean a real address everywhere.
+
+    Args:
+        nodes: what they say.
+        interface: whose address ranks give each other; without one they give what their node's own name means.
+    """
     problems = []
     for host, facts in nodes.items():
         for name, addresses in facts.addresses.items():
+            if interface and name in (host.name, facts.host):
+                continue
             loopback = [text for text in addresses if ipaddress.ip_address(text.partition("%")[0]).is_loopback]
             if not addresses:
                 problems.append(f"{host}: {name} does not resolve")
             elif loopback and len(nodes) > 1:
                 problems.append(f"{host}: {name} is {loopback[0]}")
     if problems:
-        remedy = "mend /etc/hosts there (no 127.* for host names), or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        remedy = (
+            "mend /etc/hosts there (no 127.* for host names); or, where that is a node's own name, set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface"
+        )
         return Finding("host names", False, "; ".join(problems), remedy)
     found = "no name is loopback" if len(nodes) > 1 else "one node, whose ranks meet at 127.0.0.1"
     return Finding("host names", True, found)
@@ -97,9 +107,7 @@ def port(nodes: Nodes, number: int) -> Finding:
     error = _first(nodes).port_error
     if error is None:
         return Finding(f"port {number}", True, f"free on {next(iter(nodes))}")
-    remedy = (
-        f"`ss -ltnp sport = :{number}` there names its owner, often a rank of a killed run; or --master_port another"
-    )
+    remedy = "end that process, often an orphan of a killed run, or take another --master_port"
     return Finding(f"port {number}", False, f"{next(iter(nodes))}: {error}", remedy)
 
 

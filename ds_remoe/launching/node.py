@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import shlex
 import shutil
 import socket
 import sys
@@ -54,7 +55,7 @@ class Facts:
         addresses: of each name, sorted; empty for one that does not resolve.
         devices: GPUs; 0 where ranks take the CPU.
         folders: of each, what is wrong with it; None if this node can write the nonce or reads it.
-        port_error: why the port cannot be listened on; None if it can.
+        port_error: why the port cannot be listened on, and which process does; None if it can.
         shm_bytes: free in /dev/shm.
     """
 
@@ -143,8 +144,22 @@ def _port_error(port: int) -> str | None:
             probe.bind(("", port))
             probe.listen()
         except OSError as error:
-            return error.strerror or str(error)
+            return f"{error.strerror or error}{_owner(port)}"
     return None
+
+
+def _owner(port: int) -> str:
+    """Who listens on a port, for messages."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        pids = {
+            c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == "LISTEN"
+        }
+        commands = [f"process {pid}: {shlex.join(psutil.Process(pid).cmdline())[:200]}" for pid in pids if pid]
+    except (psutil.Error, OSError):
+        commands = []
+    return f" by {'; '.join(commands)}" if commands else f"; `ss -ltnp sport = :{port}` there shows by which process"
 
 
 if __name__ == "__main__":

@@ -47,12 +47,22 @@ def marked(token: str) -> list[MarkedProcess]:
     ]
 
 
-def ask_ranks_to_stop(token: str) -> int:
-    """SIGTERM to the ranks of this machine, so that they save and end; returns how many there were.
+def ask_ranks_to_stop(token: str, asked: set[int]) -> int:
+    """SIGTERM to the ranks of this machine, so that they save and end.
 
     Not to the launcher, which would give them 30 seconds and then end with code 1 however well they ended.
+
+    Args:
+        token: of the run.
+        asked: pids of ranks that got the signal before and get it no more; those that get it now are added.
+
+    Returns:
+        The ranks that got it now.
     """
-    return sum(_send(process.pid, token, signal.SIGTERM) for process in marked(token) if process.is_rank)
+    new = [process.pid for process in marked(token) if process.is_rank and process.pid not in asked]
+    sent = [pid for pid in new if _send(pid, token, signal.SIGTERM)]
+    asked.update(sent)
+    return len(sent)
 
 
 def end(token: str, grace_seconds: float) -> int:
@@ -61,9 +71,11 @@ def end(token: str, grace_seconds: float) -> int:
     Returns:
         The ranks that were still alive when it began.
     """
-    ranks = ask_ranks_to_stop(token)
+    asked = set[int]()
+    ranks = ask_ranks_to_stop(token, asked)
     deadline = time.monotonic() + grace_seconds
     while (left := marked(token)) and time.monotonic() < deadline:
+        ask_ranks_to_stop(token, asked)  # those, too, that a launcher has started meanwhile
         time.sleep(_POLL_SECONDS)
     while left:  # again and again, as a process that is being killed may have just started another
         for process in left:

@@ -25,6 +25,8 @@ from ds_remoe.launching.processes import TOKEN_VARIABLE, ask_ranks_to_stop, mark
 from ds_remoe.launching.watcher import Watcher, end_everywhere
 
 FAILED = 1
+LAUNCHER_STOPPED = 1
+"""Exit code of DeepSpeed's launchers when they were asked to stop."""
 LONGEST_BACKOFF = 600.0
 _POLL_SECONDS = 0.1
 
@@ -37,11 +39,14 @@ class Progress:
         step: the last step that stands in metrics.jsonl; 0 before the first.
         saved_step: that of the checkpoint which `latest` names; None where there is none.
         mark: changes when a session takes the folder into use, which it does once all its ranks have met.
+        stopped_by: the signal by which the last session that did so was asked to stop, as it says itself; None where it
+            has not stopped so.
     """
 
     step: int
     saved_step: int | None
     mark: object
+    stopped_by: str | None
 
     @property
     def is_saved(self) -> bool:
@@ -106,15 +111,20 @@ class Supervisor:
             before = self.look()
             code, orphans = self._attempt(watcher)
             after = self.look()
+            began = after.mark != before.mark
+            if self._asked_by is None:
+                self._asked_by = _who_asked(code, orphans, after.stopped_by if began else None)
             if self._asked_by is not None:
                 return self._stopped(after)
             if code == 0 and not orphans and after.is_saved:
                 return 0
             if code == WRONG_INPUT:
-                self._say("exit code 2: configuration, data or checkpoint cannot be used as they are; not restarted")
+                if self.policy.max_restarts > 0:
+                    self._say(
+                        "exit code 2: configuration, data or checkpoint cannot be used as they are; not restarted"
+                    )
                 return WRONG_INPUT
             self._say(_what_failed(code, orphans, after))
-            began = after.mark != before.mark
             if began and failed_at == after.step:
                 self._say(
                     f"it failed after step {after.step} before, too: a restart would not help. See the ranks' output "
@@ -122,6 +132,8 @@ class Supervisor:
                 )
                 return FAILED
             failed_at = after.step if began else failed_at
+            if self.policy.max_restarts == 0:
+                return FAILED
             if restarts == self.policy.max_restarts:
                 self._say(f"gave up after {restarts} restarts (--max-restarts)")
                 return FAILED
@@ -157,11 +169,13 @@ class Supervisor:
         if self.hosts:
             end_everywhere(self._token, self.policy.grace, self.hosts)
             return
-        if not ask_ranks_to_stop(self._token):  # none was started yet
+        asked = set[int]()
+        if not ask_ranks_to_stop(self._token, asked):  # none was started yet
             process.terminate()
         deadline = time.monotonic() + self.policy.grace
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+            ask_ranks_to_stop(self._token, asked)
         if process.poll() is None:
             self._say(f"{len(marked(self._token))} processes are still there after {self.policy.grace:g} s; killed")
             end_everywhere(self._token, 0.0, ())
@@ -190,6 +204,18 @@ class Supervisor:
     @staticmethod
     def _say(text: str) -> None:
         print(f"supervise: {text}", file=sys.stderr, flush=True)
+
+
+def _who_asked(code: int, orphans: int, stopped_by: str | None) -> str | None:
+    """The signal, where somebody else asked the run to stop and it did; None where it failed.
+
+    Orphans stop because this supervisor asks them to. So there only the launcher can tell: it was ended by SIGTERM or
+    SIGINT, or caught it, and then ends with 1; had a rank failed, its peers could not have saved.
+    """
+    if stopped_by is not None and (orphans == 0 or code == LAUNCHER_STOPPED):
+        return stopped_by
+    # Not 128 + SIGTERM: srun ends so, too, when one task failed and it ended the others.
+    return f"{signal.Signals(-code).name} to the launcher" if -code in (signal.SIGTERM, signal.SIGINT) else None
 
 
 def _what_failed(code: int, orphans: int, progress: Progress) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ds_remoe.training.manifest import CheckpointError
+from ds_remoe.training.stop_mark import clear_stop_mark
 
 
 def lock_folder(folder: Path) -> FileLock:
@@ -24,4 +25,5 @@ def lock_folder(folder: Path) -> FileLock:
             f"remoe.train.output_dir = {folder}: another run is using it; wait for its end, end its processes, or give "
             "this run another folder"
         ) from None
+    clear_stop_mark(folder)
     return lock

@@ -17,10 +17,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_remoe.deepspeed_compat import set_subgroup_timeout, use_gloo_only
+from ds_remoe.config.schema import TrainConfig
+from ds_remoe.deepspeed_compat import import_muon_uncompiled, set_subgroup_timeout, use_gloo_only
 from ds_remoe.kernels.backend import kernels_wanted
 from ds_remoe.kernels.cpu_library import load_cpu_library
+from ds_remoe.launch_environment import collective_timeout
 from ds_remoe.training.host_memory import reuse_freed_memory
+from ds_remoe.training.watchdog import Limits, Watchdog
+
+DEFAULT_HANG_TIMEOUT = 300.0
+"""Seconds; DEEPSPEED_TIMEOUT where that is less."""
 
 
 def start(seed: int) -> torch.device:
@@ -31,6 +37,7 @@ def start(seed: int) -> torch.device:
     Returns:
         The device that this rank trains on.
     """
+    import_muon_uncompiled()  # the optimizers of a run are Adam and AdamW
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     if accelerator._name == "cpu":
@@ -41,7 +48,7 @@ def start(seed: int) -> torch.device:
         backend = "gloo"
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    timeout = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
+    timeout = timedelta(seconds=collective_timeout())
     set_subgroup_timeout(timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     random.seed(seed + dist.get_rank())
@@ -50,8 +57,17 @@ def start(seed: int) -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-def stop() -> None:
+def watch(train: TrainConfig) -> Watchdog:
+    """Have this run end where a rank hangs."""
+    collective = collective_timeout()
+    return Watchdog(Limits(min(train.hang_timeout or DEFAULT_HANG_TIMEOUT, collective), collective))
+
+
+def stop(watchdog: Watchdog | None = None) -> None:
     """Leave the process group, once every rank is done."""
+    if watchdog is not None:
+        dist.barrier()  # the watchdog's store ends with rank 0
+        watchdog.close()
     dist.barrier()
     dist.destroy_process_group()
 

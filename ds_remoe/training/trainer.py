@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor
 
 from ds_remoe.config import RunConfig
 from ds_remoe.config.batch import BatchSizes
 from ds_remoe.data.batches import MicroBatches, training_batches, validation_batches
 from ds_remoe.data.prepare import PreparedData, prepare
+from ds_remoe.launch_environment import launch_command
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.model.flops import flops_per_token
+from ds_remoe.training.agreement import on_rank_0
 from ds_remoe.training.checkpoint import Checkpoints
 from ds_remoe.training.engine import guard_steps, initialize
 from ds_remoe.training.guard import StepGuard, describe_skip, refuse_non_finite
@@ -28,6 +31,8 @@ from ds_remoe.training.routing_watch import WATCH_KEY, RoutingWatch
 from ds_remoe.training.run_lock import lock_folder
 from ds_remoe.training.run_logs import RunLogs
 from ds_remoe.training.runtime import StopSignals
+from ds_remoe.training.stop_mark import mark_stop
+from ds_remoe.training.watchdog import Position
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,18 @@ class Trainer:
     Args:
         run: a configuration that passed its checks.
         device: of this rank; the process group exists.
+        position: is told where this rank is.
     """
 
-    def __init__(self, run: RunConfig, device: torch.device) -> None:
+    def __init__(self, run: RunConfig, device: torch.device, position: Position | None = None) -> None:
         self.run, self.config, self.device = run, run.remoe, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.batch: BatchSizes = run.batch_sizes(self.world_size)
+        self.position = position or Position()
         self.signals = StopSignals()
-        self._lock = lock_folder(self.config.output_dir) if self.rank == 0 else None
+        self._lock: FileLock | None = None
+        on_rank_0(self._take_folder)
+        self.position.at("preparing the data")
         self.data: PreparedData = prepare(self.config.data, self.config.model.seq_length, progress=self.rank == 0)
         train = self.config.train
         shape = {"micro_batch_size": self.batch.micro_batch, "world_size": self.world_size}
@@ -88,6 +97,7 @@ class Trainer:
         self.valid_batches: MicroBatches = validation_batches(
             self.data.valid, num_micro_batches=train.eval_batches * self.batch.accumulation * self.world_size, **shape
         )
+        self.position.at("starting")
         vocab_size = self.data.tokenizer.vocab_size
         self.model = Decoder(self.config.model, self.config.moe, vocab_size, train.seed)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints of each group that it makes
@@ -111,6 +121,7 @@ class Trainer:
             TrainingStoppedError: more steps in a row were skipped than train.max_skipped_steps.
         """
         began = time.monotonic()
+        self.position.at("loading a checkpoint")
         choice = self.checkpoints.choose(resume)
         if choice is not None:
             self.checkpoints.load(self.engine, choice)
@@ -118,6 +129,7 @@ class Trainer:
         start = choice.manifest.step if choice else 0
         if checkpoint is not None and start >= self.config.train.steps:
             return Outcome(start, checkpoint, None, False, time.monotonic() - began)
+        self.position.at("starting")
         stopped_by: str | None = None
         wandb_run_id = choice.manifest.wandb_run_id if choice else None
         with RunLogs(self.run, main=self.rank == 0, start=start, wandb_run_id=wandb_run_id) as logs:
@@ -127,6 +139,7 @@ class Trainer:
                 logs.progress.message(f"continuing from {checkpoint}")
             for step in range(start, self.config.train.steps):
                 losses, record = self.step(step)
+                self.position.at("logging", record.step)
                 logs.write(record)
                 self.guard.check("\n".join(losses.notes))
                 for note in losses.notes:
@@ -138,7 +151,10 @@ class Trainer:
                 if stop:
                     stopped_by = self.signals.received or "a signal to another rank"
                     logs.progress.message(f"stopped by {stopped_by} after step {record.step}; saved {checkpoint}")
+                    if self.rank == 0:
+                        mark_stop(self.config.output_dir, stopped_by)
                     break
+            self.position.at("ending", record.step)
         assert checkpoint is not None
         return Outcome(record.step, checkpoint, stopped_by, True, time.monotonic() - began)
 
@@ -149,9 +165,12 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         micro_batch_losses: list[Tensor] = []
         for index in range(self.batch.accumulation):
+            self.position.at("forward", step + 1, index)
             inputs, labels = self._batch(self.train_batches, step, index)
             output = self.engine(inputs, labels)
+            self.position.at("backward", step + 1, index)
             self.engine.backward(refuse_non_finite(output.loss))
+            self.position.at("optimizer step", step + 1, index)
             self.engine.step()
             micro_batch_losses.append(output.loss.detach())
             sums[0] += output.lm_loss.detach()
@@ -169,6 +188,7 @@ class Trainer:
 
     def _save(self, record: StepRecord, logs: RunLogs, *, last: bool) -> Path | None:
         """Save after a step; None where that failed and training is to go on."""
+        self.position.at("saving a checkpoint", record.step)
         logs.sync()
         try:
             return self.checkpoints.save(self.engine, record.step, record.samples, logs.wandb_run_id)
@@ -184,6 +204,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for index in range(self.valid_batches.accumulation_steps):
+                self.position.at("evaluation", self.engine.global_steps, index)
                 inputs, labels = self._batch(self.valid_batches, 0, index)
                 total += self.engine(inputs, labels).lm_loss
         self.engine.train()
@@ -199,7 +220,10 @@ class Trainer:
         given = dict(override.split("=", 1) for override in self.run.overrides)
         overrides = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in (given | settings).items())
         path = shlex.quote(str(self.run.path))
-        return f"bash launch/train.sh {self.world_size} --config {path} {overrides}"
+        return f"{launch_command(self.world_size)} --config {path} {overrides}"
+
+    def _take_folder(self) -> None:
+        self._lock = lock_folder(self.config.output_dir)
 
     def _notes(self, step: int, micro_batch_losses: list[Tensor]) -> list[str]:
         """What there is to tell of a step: that it was skipped, or which layers and experts died or came back."""
