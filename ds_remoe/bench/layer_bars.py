@@ -15,6 +15,7 @@ from ds_remoe.bench.rivals_ours import RIVALS as OUR_OWN
 from ds_remoe.bench.rivals_torch import DENSE
 from ds_remoe.bench.timing import Timing, ratio
 
+FLOORS = (FLOOR, FLOOR_GEMM)
 FASTEST = "the fastest rival"
 """Of those that compute the layer, in the median."""
 
@@ -63,12 +64,15 @@ class Outcome:
         title: the workload with its widths.
         value: the measured ratio.
         as_specified: False where the sizes or the machine are not those that the bar is meant for.
+        limit: the ratio of a layer that takes no longer than its lower floor; None for a bar that bounds our time by
+            another's from above.
     """
 
     bar: Bar
     title: str
     value: float
     as_specified: bool
+    limit: float | None
 
     @property
     def reached(self) -> bool:
@@ -87,7 +91,10 @@ def _outcomes(measured: Measured, settings: Settings) -> Iterator[Outcome]:
         known = bar.numerator in timings and bar.denominator in timings
         if bar.workload == workload.name and bar.device == settings.device.type and known:
             value = ratio(timings[bar.numerator], timings[bar.denominator])
-            yield Outcome(bar, workload.title, value, _as_specified(bar, measured, settings))
+            limit: float | None = None
+            if bar.denominator == OURS:
+                limit = max(ratio(timings[bar.numerator], timings[floor]) for floor in FLOORS if floor in timings)
+            yield Outcome(bar, workload.title, value, _as_specified(bar, measured, settings), limit)
 
 
 def _fastest(measured: Measured) -> dict[str, Timing]:

@@ -53,8 +53,8 @@ def remarks(measured: Measured) -> list[str]:
 def bars_table(outcomes: Sequence[Outcome]) -> Table:
     """The bars for a terminal."""
     result = Table(title="bars, forward and backward", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("workload", "ratio", "bar", "measured", ""):
-        result.add_column(name, justify="right" if name in ("bar", "measured") else "left")
+    for name in ("workload", "ratio", "bar", "measured", "at the floor", ""):
+        result.add_column(name, justify="right" if name in ("bar", "measured", "at the floor") else "left")
     for outcome in outcomes:
         bar = outcome.bar
         verdict = "[green]reached[/green]" if outcome.reached else "[red]not reached[/red]"
@@ -63,6 +63,7 @@ def bars_table(outcomes: Sequence[Outcome]) -> Table:
             f"{bar.numerator} / {bar.denominator}",
             f"{bar.direction} {bar.bound:g}",
             f"{outcome.value:.3f}",
+            "-" if outcome.limit is None else f"{outcome.limit:.3f}",
             verdict if outcome.as_specified else f"{verdict}, not the bar's sizes or machine",
         )
     return result
@@ -87,6 +88,7 @@ def figures(measured: Sequence[Measured], outcomes: Sequence[Outcome], settings:
                 "value": outcome.value,
                 "reached": outcome.reached,
                 "as_specified": outcome.as_specified,
+                "limit_at_the_floor": outcome.limit,
             }
             for outcome in outcomes
         ],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels.cpu_library import serves
 
@@ -37,6 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x, grad_weight = torch.ops.ds_remoe.rms_norm_backward(grads[0].contiguous(), *ctx.saved_tensors)
         return grad_x, grad_weight, None

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels.cpu_library import serves
 
@@ -21,7 +22,7 @@ def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [B, H, S, h] in the dtype of the input.
     """
     if x_BHSh.stride(-1) == 1 and serves(x_BHSh):
-        rotated: Tensor = _Rotate.apply(x_BHSh, cos.to(x_BHSh.dtype), sin.to(x_BHSh.dtype))
+        rotated: Tensor = _Rotate.apply(x_BHSh, *(table.to(x_BHSh.dtype).contiguous() for table in (cos, sin)))
         return rotated
     return torch_rotate(x_BHSh, cos, sin)
 
@@ -46,6 +47,7 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         out = torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device)

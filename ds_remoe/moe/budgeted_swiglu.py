@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import grouped_swiglu
 from ds_remoe.kernels.pair_groups import PairGroups
@@ -73,6 +74,7 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         return out.to(rows.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights_M, gate_up, down, in_ids_M, out_ids_M, *kept = ctx.saved_tensors
         waiting = iter(kept)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import relu_routing
 
@@ -81,6 +82,7 @@ class _Activate(torch.autograd.Function):
         return logits_ET, found.mask_ET, found.counts_E, found.weight_sums_E, found.block_starts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         (mask_ET,) = ctx.saved_tensors
         return relu_routing.activate_backward(grads[0], grads[3], mask_ET), None
@@ -105,6 +107,7 @@ class _Compact(torch.autograd.Function):
         return pairs.token_ids_N, pairs.expert_ids_N, pairs.weights_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         mask_ET, positions = ctx.saved_tensors
         grad = None if grads[2] is None else relu_routing.compact_backward(grads[2], mask_ET, positions)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import exchange
 from ds_remoe.moe.dispatch.record import StagePlan, StageSizes
@@ -31,6 +32,7 @@ class _ReturnRows(torch.autograd.Function):
         return exchange.combine_rows(received, local, row_tokens_N, prefix_rows, sizes.send_rows_P, sizes.num_tokens)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (row_tokens_N,) = ctx.saved_tensors
         sizes: StageSizes = ctx.sizes

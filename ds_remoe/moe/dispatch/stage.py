@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import exchange
 from ds_remoe.moe.dispatch.counts import Counts
@@ -81,6 +82,7 @@ class _Depart(torch.autograd.Function):
         return x_TD.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         row_tokens_N, prefix_rows, weight_ids_K = ctx.saved_tensors
         flight: Flight = ctx.flight
@@ -114,6 +116,7 @@ class _ArrivePairs(torch.autograd.Function):
         return flight.arrived_rows(), weights_M, row_ids_M
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (positions_M,) = ctx.saved_tensors
         grad_rows, grad_weights_M, _ = grads
@@ -142,6 +145,7 @@ class _ArriveRouting(torch.autograd.Function):
         return flight.arrived_rows(), weights, mask
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weight_ids_K,) = ctx.saved_tensors
         grad_rows, grad_weights, _ = grads
