@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import ds_remoe
 from ds_remoe.commands.bench_comm import add_bench_comm
@@ -33,6 +33,7 @@ from ds_remoe.commands.doctor import add_doctor
 from ds_remoe.commands.plan import add_plan
 from ds_remoe.commands.supervise import add_supervise
 from ds_remoe.config import ConfigError
+from ds_remoe.process_exit import run_and_exit
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return exit_code
+
+
+def run() -> NoReturn:
+    """Run the process's command line and end the process: the script that pip installs."""
+    run_and_exit(main)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,4 +90,4 @@ def _add_group(commands: Commands, name: str, help_text: str) -> Commands:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

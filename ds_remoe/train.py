@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import NoReturn
 
 from ds_remoe.config import load_run_or_exit
 from ds_remoe.config.leave import GRACE_SECONDS, WRONG_INPUT, leave
+from ds_remoe.process_exit import run_and_exit
 
 TRAINING_FAILED = 1
 
@@ -85,4 +85,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -12,6 +12,7 @@ from deepspeed.moe.utils import is_moe_param
 
 from ds_remoe.config import load_run
 from ds_remoe.moe.routers import Router
+from ds_remoe.process_exit import run_and_exit
 from ds_remoe.training import runtime
 from ds_remoe.training.trainer import Trainer
 
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -86,4 +86,6 @@ def _main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    from ds_remoe.process_exit import run_and_exit
+
+    run_and_exit(lambda: _main(sys.argv[1]))

@@ -22,6 +22,7 @@ from ds_remoe.deepspeed_compat import DeepSpeedMoE
 from ds_remoe.moe import MoE, ReLUGate, SwiGLU
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.routing import Routing
+from ds_remoe.process_exit import run_and_exit
 from ds_remoe.training import runtime
 
 INIT_STD = 0.02
@@ -175,4 +176,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -6,7 +6,6 @@ import argparse
 import functools
 import os
 import signal
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from ds_remoe.bench.trace import TracedRouting, write_trace
 from ds_remoe.config import load_run
 from ds_remoe.moe.routing import Routing
 from ds_remoe.moe.sparsity import find_routers
+from ds_remoe.process_exit import run_and_exit
 from ds_remoe.training import runtime
 from ds_remoe.training.trainer import Trainer
 
@@ -118,4 +118,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from itertools import combinations
 
+from ds_remoe.process_exit import run_and_exit
+
 PAIR_BYTES = 8 << 20
 REPEATS = 3
 TIMEOUT = timedelta(seconds=30)
@@ -103,4 +105,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_and_exit(lambda: main(sys.argv[1:]))
