@@ -1,8 +1,9 @@
-"""Dispatch on four ranks: bytes on the wire, rounding to bf16 on it, work behind it, and the way between nodes."""
+"""Dispatch on four ranks: bytes on the wire, rounding on it, work behind it, rows sent again, the way between nodes."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.launch_environment import ranks_per_node
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.moe import MoE, SwiGLU
+from ds_remoe.moe.budget import PairBudget
 from ds_remoe.moe.dispatch import node_groups, wire
 from ds_remoe.moe.dispatch.nodes import split_by_node
 
@@ -84,7 +86,7 @@ def check_bytes() -> list[str]:
         (4, torch.bfloat16, False),
         (4, torch.float32, True),
     ]:
-        layer = make_layer(ep_size, dtype, hierarchical_all_to_all=hierarchical)
+        layer = make_layer(ep_size, dtype, hierarchical_all_to_all=hierarchical, activation_budget=None)
         x, rank = make_tokens(dtype), dist.get_rank()
         mask_TE = layer.deepspeed_moe.gate(x)[0].mask_TE
         with sent_bytes() as sent:
@@ -159,7 +161,7 @@ class Witness(nn.Module):
 
 def check_shared_expert() -> list[str]:
     """The same numbers as after the layer, and computed while words and rows are between the ranks."""
-    layer, rank, events = make_layer(RANKS, torch.float64), dist.get_rank(), list[str]()
+    layer, rank, events = make_layer(RANKS, torch.float64, activation_budget=None), dist.get_rank(), list[str]()
     shared = Witness(events)
     x = make_tokens(torch.float64)
     apart = layer(x)[0] + shared(x)
@@ -192,6 +194,62 @@ def check_shared_expert() -> list[str]:
         wrong.append(f"rank {rank}: backward {events}")
     if not torch.equal(together, apart) or not torch.allclose(x.grad, gradient, rtol=0, atol=1e-12):
         wrong.append(f"rank {rank}: the shared expert's place changes the result")
+    return wrong
+
+
+def check_rows_sent_again() -> list[str]:
+    """A layer without room for its rows: the same bits, one exchange of rows more, and no rows kept."""
+    wrong, rank = [], dist.get_rank()
+    everything = 10**6
+    for ep_size, options in [(2, {}), (4, {}), (4, {"wire_dtype": "bf16"}), (4, {"hierarchical_all_to_all": True})]:
+        layer = make_layer(ep_size, torch.float32, **options)
+        found: list[tuple[list[Tensor], int, set[int], float]] = []
+        for rows_per_token in (math.inf, 0.0):
+            layer.zero_grad()
+            x = make_tokens(torch.float32)
+            x.data[:, 0] = 0.05  # about half of the pairs are active
+            budget = PairBudget(everything, everything, everything, rows_per_token=rows_per_token)
+            kept: set[int] = set()
+
+            def note(tensor: Tensor, kept: set[int] = kept) -> Tensor:
+                kept.add(len(tensor) if tensor.dim() == 2 and tensor.shape[1] == D else 0)
+                return tensor
+
+            with sent_bytes() as sent:
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                    output = layer(x, budget=budget)[0]
+                output.square().sum().backward()
+            gradients = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+            found.append(([output.detach(), *gradients], sum(sent), kept, budget.rows_per_token))
+        (values, bytes_once, kept_once, _), (again, bytes_again, kept_again, left) = found
+        case = f"rank {rank} {ep_size=} {options}"
+        wrong += [f"{case}: {i}" for i, pair in enumerate(zip(values, again, strict=True)) if not torch.equal(*pair)]
+        if not bytes_again > bytes_once:
+            wrong.append(f"{case}: {bytes_again} bytes after {bytes_once}")
+        received = max(kept_once)
+        if not (received > len(x) and max(kept_again) == len(x)):
+            wrong.append(f"{case}: kept {kept_once} rows, then {kept_again}")
+        if left != 0.0:
+            wrong.append(f"{case}: {left} left of nothing")
+    return wrong
+
+
+def check_group_agrees() -> list[str]:
+    """Ranks with unlike numbers of tokens, one with none: the same mean of rows a token on all, from the masks."""
+    wrong, rank = [], dist.get_rank()
+    for hierarchical in (False, True):
+        layer = make_layer(RANKS, torch.float32, hierarchical_all_to_all=hierarchical)
+        for tokens in (7 * rank, 0):
+            x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(rank))
+            mask_TE = layer.deepspeed_moe.gate(x)[0].mask_TE
+            rows = mask_TE.unflatten(1, (RANKS, -1)).any(dim=-1).sum()
+            both = torch.tensor([int(rows), tokens], dtype=torch.float64)
+            dist.all_reduce(both)
+            budget = PairBudget(10**6, 10**6, 10**6, rows_per_token=100.0)
+            layer(x, budget=budget)
+            expected = 100.0 - float(both[0]) / max(float(both[1]), 1.0)
+            if budget.rows_per_token != expected:
+                wrong.append(f"rank {rank} {hierarchical=} {tokens=}: {budget.rows_per_token}, not {expected}")
     return wrong
 
 
@@ -228,7 +286,11 @@ def environment(**values: str) -> Iterator[None]:
 
 def check_all() -> list[str]:
     os.environ["LOCAL_WORLD_SIZE"] = str(NODE)
-    return [*check_bytes(), *check_bf16_wire(), *check_shared_expert(), *check_node_groups()]
+    checks = (
+        *(check_bytes, check_bf16_wire, check_shared_expert),
+        *(check_rows_sent_again, check_group_agrees, check_node_groups),
+    )
+    return [line for check in checks for line in check()]
 
 
 def test_four_ranks() -> None:

@@ -155,8 +155,11 @@ def make_layer_state(layer: MoE, first: int, ep_size: int) -> dict[str, Tensor]:
 
 def check_ep_sizes() -> list[str]:
     wrong = [line for ep_size in (1, 2, 4) for line in check_cases(ep_size)]
+    wrong += check_cases(4, activation_budget=0.25)
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    return [*wrong, *check_cases(4, hierarchical_all_to_all=True)]
+    for options in ({"hierarchical_all_to_all": True}, {"hierarchical_all_to_all": True, "activation_budget": 0.25}):
+        wrong += check_cases(4, **options)
+    return wrong
 
 
 def test_layer_equals_the_dense_sum() -> None:

@@ -13,7 +13,7 @@ from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.kernels.rms_norm import rms_norm
 from ds_remoe.model.attention import Attention, KVCache, LayerCache, Rope, rope_tables
 from ds_remoe.model.init import init_weights
-from ds_remoe.moe.budget import PairBudget
+from ds_remoe.moe.budget import PairBudget, expected_rows
 from ds_remoe.moe.experts import SwiGLU
 from ds_remoe.moe.layer import MoE
 
@@ -189,7 +189,8 @@ class Decoder(nn.Module):
         layers = sum(isinstance(layer.mlp, MoE) for layer in self.layers)
         if moe.activation_budget is None or not layers or not torch.is_grad_enabled() or self._checkpoints():
             return None
-        return PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers)
+        rows = expected_rows(moe.active_experts / moe.total_experts, moe.total_experts, moe.ep_size)
+        return PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers, rows)
 
     def _check(self, tokens_BS: Tensor, labels_BS: Tensor | None, cache: KVCache | None, start: int) -> None:
         _check_ids("tokens_BS", tokens_BS)

@@ -5,12 +5,17 @@ that it settles at. With a budget the pairs beyond it go through in chunks whose
 chunk alone, in forward, and again in backward, where it is computed anew: one GEMM of the forward's two, two thirds of
 its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget everything is kept.
 
+With expert parallelism the dense stage also brings nearly every token to every rank. The rows of a layer for which the
+budget has no room are not kept either but sent again in backward, which takes one exchange more. All ranks must agree
+on that, so it is decided by the group's mean number of rows a token, which each rank knows.
+
 The layers of a model may share one budget in a forward pass, since what they keep is alive together when backward
 begins: a layer that stays denser than the others then recomputes only what the others leave no room for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,32 +27,44 @@ LEAST_BUDGET = 0.25
 
 @dataclass
 class PairBudget:
-    """Sizes in active pairs, for one micro-batch and rank; a forward pass takes from it, so each needs a new one.
+    """What one micro-batch may keep on one rank; a forward pass takes from it, so each needs a new one.
 
     Attributes:
         pairs: pre-activations that may still exist at a time: those to keep for backward and those of one chunk.
         call: pairs that go through at once where all of a layer's are kept.
         chunk: pairs that go through at once where they are not.
         layers: that have still to take their part, this many `plan`s.
+        rows_per_token: rows received from the ranks of the group that may still be kept, for each token of a rank.
     """
 
     pairs: int
     call: int
     chunk: int
     layers: int = 1
+    rows_per_token: float = math.inf
 
     @classmethod
-    def of(cls, activation_budget: float, expected_pairs: int, layers: int = 1) -> PairBudget:
+    def of(
+        cls, activation_budget: float, expected_pairs: int, layers: int = 1, expected_rows: float = math.inf
+    ) -> PairBudget:
         """The budget of some layers, with chunks large enough to keep the kernels busy.
 
         Args:
-            activation_budget: multiple of the expected pairs.
+            activation_budget: multiple of the expected pairs, and of the expected rows.
             expected_pairs: k·T, the pairs of a layer and rank once the sparsity has settled.
             layers: that share it.
+            expected_rows: rows that a token then becomes in a layer, see `expected_rows`; without expert parallelism
+                there are none to keep.
         """
         chunk = max(int(LEAST_BUDGET * expected_pairs), MIN_CHUNK_PAIRS)
         call = max(int(activation_budget * expected_pairs), chunk)
-        return cls(layers * call, call, chunk, layers)
+        return cls(layers * call, call, chunk, layers, layers * activation_budget * expected_rows)
+
+    def keep_rows(self, rows_per_token: float) -> bool:
+        """Keep a layer's rows, all or none: True where there is room. The same on all ranks of a group."""
+        fits = rows_per_token <= self.rows_per_token
+        self.rows_per_token -= rows_per_token if fits else 0.0
+        return fits
 
     def plan(self, counts_L: Sequence[int]) -> list[Chunk]:
         """Cut the next layer's pairs into chunks, in order, and take those that it keeps.
@@ -93,6 +110,17 @@ class Chunk:
     counts: list[int]
     continues: bool
     keep: bool
+
+
+def expected_rows(density: float, num_experts: int, ep_size: int) -> float:
+    """Rows that a token becomes in a layer: the ranks that it needs, its experts taken as independent.
+
+    Args:
+        density: share of all (token, expert) pairs that are active, k/E once the sparsity has settled.
+        num_experts: E, in equal shares on the ranks.
+        ep_size: ranks.
+    """
+    return ep_size * (1.0 - (1.0 - density) ** (num_experts // ep_size))
 
 
 def plan_chunks(counts_L: Sequence[int], budget: PairBudget | None) -> list[Chunk]:

@@ -11,14 +11,22 @@ from torch.autograd.function import once_differentiable
 from ds_remoe.kernels import grouped_swiglu
 from ds_remoe.kernels.pair_groups import PairGroups
 from ds_remoe.moe.budget import Chunk, PairBudget, plan_chunks
+from ds_remoe.moe.dispatch import ExchangePlan, send_again
 
 
 def budgeted_swiglu(
-    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, num_out_rows: int, budget: PairBudget | None
+    rows: Tensor,
+    groups: PairGroups,
+    gate_up: Tensor,
+    down: Tensor,
+    num_out_rows: int,
+    budget: PairBudget | None,
+    resend: ExchangePlan | None = None,
 ) -> Tensor:
     """Σ of w · FFN_e(rows[in]) over the pairs of each result row; an expert without pairs has zero gradients.
 
     Saved for backward: rows, weights, ids, and the pre-activation [M, 2H], of which the budget takes a part away.
+    With `resend` the tokens at home stand in for the rows; all ranks of the group must come to backward then.
     The chunks follow from the counts and the budget alone, and a pre-activation comes out the same the second time, so
     the same step gives the same bits. On the torch path output and gradients are also the same bits as without a
     budget where no expert has more pairs than a chunk; a cut through an expert changes the shape of its GEMMs and the
@@ -30,7 +38,8 @@ def budgeted_swiglu(
         gate_up: [L, 2H, D].
         down: [L, D, H].
         num_out_rows: rows of the result.
-        budget: None keeps everything.
+        budget: None keeps every pre-activation.
+        resend: the way on which the rows came, to have them come again in backward.
 
     Returns:
         [num_out_rows, D] in the dtype of `rows`, summed in fp32 or wider.
@@ -44,6 +53,7 @@ def budgeted_swiglu(
         groups.out_row_ids_M,
         plan_chunks(groups.counts_L, budget),
         num_out_rows,
+        resend,
     )
     return result
 
@@ -60,6 +70,7 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         out_ids_M: Tensor,
         chunks: list[Chunk],
         num_out_rows: int,
+        resend: ExchangePlan | None,
     ) -> Tensor:
         out = torch.zeros(num_out_rows, rows.shape[1], dtype=sum_dtype(rows), device=rows.device)
         kept = []
@@ -69,15 +80,19 @@ class _BudgetedSwiGLU(torch.autograd.Function):
             if chunk.keep:
                 kept.append(pre_activation)
             del pre_activation  # before the next chunk's is made
-        ctx.save_for_backward(rows, weights_M, gate_up, down, in_ids_M, out_ids_M, *kept)
-        ctx.chunks = chunks
+        stages = () if resend is None else resend.stages
+        source = [rows] if resend is None else [resend.home_TD, *(stage.row_tokens_N for stage in stages)]
+        ctx.save_for_backward(weights_M, gate_up, down, in_ids_M, out_ids_M, *source, *kept)
+        ctx.chunks, ctx.dtype, ctx.sent_again = chunks, rows.dtype, [stage.sizes for stage in stages]
         return out.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights_M, gate_up, down, in_ids_M, out_ids_M, *kept = ctx.saved_tensors
-        waiting = iter(kept)
+        weights_M, gate_up, down, in_ids_M, out_ids_M, source, *rest = ctx.saved_tensors
+        stages = len(ctx.sent_again)
+        rows = send_again(source, rest[:stages], ctx.sent_again).to(ctx.dtype)
+        waiting = iter(rest[stages:])
         grad_rows = torch.zeros(rows.shape, dtype=sum_dtype(rows), device=rows.device)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_weights_M = torch.empty_like(weights_M)
@@ -98,7 +113,7 @@ class _BudgetedSwiGLU(torch.autograd.Function):
                 accumulate=chunk.continues,
             )
             del pre_activation
-        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None
+        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None, None
 
 
 def sum_dtype(rows: Tensor) -> torch.dtype:

@@ -76,8 +76,8 @@ class StackedSwiGLU(nn.Module):
 
         Args:
             dispatched: tokens and pairs of this rank.
-            budget: pre-activations to keep for backward at most, taken from here; those of the pairs beyond it are
-                recomputed.
+            budget: pre-activations and received rows to keep for backward at most, taken from here; those of the
+                pairs beyond it are recomputed, and a layer's rows beyond it sent again.
 
         Raises:
             TypeError: the tokens' dtype is not the experts', and no autocast says what to compute in.
@@ -93,7 +93,11 @@ class StackedSwiGLU(nn.Module):
         groups = PairGroups(
             dispatched.in_row_ids_M, dispatched.out_row_ids_M, dispatched.weights_M, dispatched.counts_L
         )
-        return budgeted_swiglu(rows, groups, gate_up, down, dispatched.num_out_rows, budget)
+        plan = dispatched.plan
+        again = plan is not None and budget is not None and not budget.keep_rows(plan.rows_per_token)
+        return budgeted_swiglu(
+            rows, groups, gate_up, down, dispatched.num_out_rows, budget, resend=plan if again else None
+        )
 
     @torch.no_grad()
     def copy_from(self, expert: SwiGLU) -> None:

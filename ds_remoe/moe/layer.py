@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
-from ds_remoe.moe.budget import LEAST_BUDGET, PairBudget
+from ds_remoe.moe.budget import LEAST_BUDGET, PairBudget, expected_rows
 from ds_remoe.moe.dispatch import NodeGroups, combine, node_groups, start_dispatch
 from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, Router, TopKRouter
+from ds_remoe.moe.routing import Routing
 
 _CAPACITY_DEFAULTS: dict[str, Any] = {
     "capacity_factor": 1.0,
@@ -51,8 +52,9 @@ class MoE(DeepSpeedMoE):
             and EP groups are consecutive ranks (DeepSpeed's default); "copy" keeps the weights of `expert`, as
             DeepSpeed does.
         activation_budget: pre-activations of the experts that exist at a time, as a multiple of the k·T pairs of T
-            tokens; those of the pairs beyond it are recomputed in backward (see `ds_remoe.moe.budget`). None keeps all.
-            The layers of a model may share theirs, see `forward`.
+            tokens; those of the pairs beyond it are recomputed in backward, and with expert parallelism the rows of a
+            layer beyond it are sent again (see `ds_remoe.moe.budget`). None keeps all. The layers of a model may share
+            theirs, see `forward`.
         wire_dtype: in which tokens, results and their gradients cross from rank to rank: "auto", as they are, or
             "bf16", rounded while everything is computed in the wider dtype. Needs ep_size > 1.
         hierarchical_all_to_all: a token crosses to another node once, and is spread there; for expert-parallel groups
@@ -236,15 +238,18 @@ class RoutedExperts(nn.Module):
         if meanwhile is not None:
             meanwhile()
         dispatched = finish()
-        out_MD = self.experts.deepspeed_experts(dispatched, self._own_budget(x_TD) if budget is None else budget)
+        own = self._own_budget(routing) if budget is None else budget
+        out_MD = self.experts.deepspeed_experts(dispatched, own)
         output = combine(out_MD, dispatched.plan, x_TD.shape[0])
         return output.view(hidden_states.shape), aux_loss, routing.counts_E
 
-    def _own_budget(self, x_TD: Tensor) -> PairBudget | None:
+    def _own_budget(self, routing: Routing) -> PairBudget | None:
         if self.activation_budget is None:
             return None
+        tokens, num_experts = routing.mask_TE.shape
+        rows = expected_rows(self.gate.k / num_experts, num_experts, num_experts // self.experts.num_local_experts)
         # With expert parallelism each rank has as many tokens as this one, so k·T pairs are an even share.
-        return PairBudget.of(self.activation_budget, expected_pairs=self.gate.k * x_TD.shape[0])
+        return PairBudget.of(self.activation_budget, self.gate.k * tokens, expected_rows=rows)
 
 
 class Experts(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
-from ds_remoe.moe.budget import PairBudget
+from ds_remoe.moe.budget import PairBudget, expected_rows
 from ds_remoe.planning.hardware import Dtype
 from ds_remoe.planning.sizes import moe_layers
 
@@ -32,6 +32,8 @@ class Load:
         pairs: pairs that reach this rank's experts.
         kept_pairs: of these, with a pre-activation kept for backward, at most; a mean of layers that share a budget.
         call_pairs: pairs whose temporaries exist together: those of one call on a GPU, of one expert on the CPU.
+        kept_rows_to_rank: of rows_to_rank those that the receiver keeps for backward, the mean of such layers; the
+            others are sent again.
     """
 
     density: float
@@ -40,6 +42,7 @@ class Load:
     pairs: float
     kept_pairs: float
     call_pairs: float
+    kept_rows_to_rank: float
 
     @classmethod
     def of(
@@ -47,24 +50,32 @@ class Load:
     ) -> Load:
         """The load of `tokens` tokens a rank at a density, k/E once the sparsity has settled.
 
-        A token needs a rank with L experts with probability 1 - (1 - density)^L, its experts taken as independent. The
-        layers of `model` share their budget, except under activation checkpointing; without a model it is one layer's.
+        A token's experts are taken as independent (`moe.budget.expected_rows`). The layers of `model` share their
+        budget, except under activation checkpointing; without a model it is one layer's.
         """
         local = moe.total_experts // moe.ep_size
-        rows = tokens * (1 - (1 - density) ** local)
+        rows = expected_rows(density, moe.total_experts, moe.ep_size)
         pairs = density * moe.total_experts * tokens
-        kept, largest = pairs, pairs / local if is_cpu else pairs
+        kept, largest, kept_layers = pairs, pairs / local if is_cpu else pairs, 1.0
         if moe.activation_budget is not None:
             layers = 1 if model is None or model.activation_checkpointing else max(1, moe_layers(model, moe))
-            budget = PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers)
+            settled = expected_rows(moe.active_experts / moe.total_experts, moe.total_experts, moe.ep_size)
+            budget = PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers, settled)
+            kept_layers = sum(budget.keep_rows(rows) for _ in range(layers)) / layers
             if pairs > budget.call:
                 kept, largest = (budget.pairs - budget.chunk) / layers, min(largest, budget.chunk)
-        return cls(density, tokens, rows, pairs, kept, largest)
+        to_rank = tokens * rows / moe.ep_size
+        return cls(density, tokens, to_rank, pairs, kept, largest, kept_layers * to_rank)
 
     @property
     def recomputed_pairs(self) -> float:
         """Pairs whose pre-activation is computed a second time, in backward."""
         return self.pairs - self.kept_pairs
+
+    @property
+    def resent_rows_to_rank(self) -> float:
+        """Rows of rows_to_rank that are sent again in backward, the mean of a model's layers."""
+        return self.rows_to_rank - self.kept_rows_to_rank
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,8 @@ def _routed(model: ModelConfig, moe: MoEConfig, load: Load, item: int, is_cpu: b
         # CUDA's kernels find the pairs' places again.
         routes = load.pairs * (ROUTE_BYTES + (INT64 if is_cpu else 0))
     else:
-        rows = moe.ep_size * load.rows_to_rank * (model.hidden_size * item + EXCHANGED_ROW_BYTES)
+        rows = moe.ep_size * load.kept_rows_to_rank * model.hidden_size * item
+        rows += moe.ep_size * load.rows_to_rank * EXCHANGED_ROW_BYTES
         routes = rows + load.pairs * EXCHANGED_PAIR_BYTES + moe.ep_size * load.tokens * 4
     shared = 4 * load.tokens * moe.num_shared_experts * width * item
     return router + routes + load.kept_pairs * 2 * width * item + shared
@@ -166,4 +178,5 @@ def _layer_workspace(model: ModelConfig, moe: MoEConfig, load: Load, item: int, 
     call = load.call_pairs * (3 * width + model.hidden_size) * item
     if load.recomputed_pairs:
         call += load.call_pairs * 2 * width * item
-    return rows * model.hidden_size * (FP32 + item) + call
+    copies = FP32 + item + (item if moe.ep_size > 1 and load.resent_rows_to_rank else 0)
+    return rows * model.hidden_size * copies + call

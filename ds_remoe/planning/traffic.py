@@ -10,6 +10,7 @@ import torch
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.kernels.exchange import mask_words
+from ds_remoe.moe.dispatch.counts import SHARE_COLUMNS
 from ds_remoe.planning.activations import FP32, Load
 from ds_remoe.planning.hardware import Cluster, Group, Hardware
 from ds_remoe.planning.settings import EngineSettings
@@ -76,19 +77,23 @@ class Flow:
         return max(self.rank_near / hardware.link_bytes, self.node_far / hardware.network_bytes) + self.calls * latency
 
 
-def exchange_bytes(moe: MoEConfig, hidden_size: int, item: int, rows: float, pairs: float, passes: int = 1) -> float:
+def exchange_bytes(
+    moe: MoEConfig, hidden_size: int, item: int, rows: float, pairs: float, passes: int = 1, resent_rows: float = 0.0
+) -> float:
     """Bytes that one rank sends to one other in one layer and micro-batch, backward included.
 
     Args:
         item: bytes of an element of the tokens as they are computed with; moe.wire_dtype may make them travel in fewer.
         rows, pairs: that the other rank gets.
         passes: forward passes; 2 with activation checkpointing.
+        resent_rows: rows of it that are sent again in backward.
     """
     local = moe.total_experts // moe.ep_size
     row = hidden_size * (2 if moe.wire_dtype == "bf16" else item)
     which_experts = mask_words(local, torch.float32) * WORD_BYTES
-    forward = rows * (2 * row + which_experts) + pairs * WORD_BYTES + (local + 1) * WORD_BYTES
-    return passes * forward + 2 * rows * row + pairs * WORD_BYTES
+    counts = (local + 1 + SHARE_COLUMNS) * WORD_BYTES
+    forward = rows * (2 * row + which_experts) + pairs * WORD_BYTES + counts
+    return passes * forward + (2 * rows + resent_rows) * row + pairs * WORD_BYTES
 
 
 def flows(
@@ -111,7 +116,13 @@ def flows(
     if moe.ep_size > 1 and layers:
         passes = 2 if model.activation_checkpointing else 1
         each = exchange_bytes(
-            moe, model.hidden_size, settings.item, load.rows_to_rank, load.pairs / moe.ep_size, passes
+            moe,
+            model.hidden_size,
+            settings.item,
+            load.rows_to_rank,
+            load.pairs / moe.ep_size,
+            passes,
+            load.resent_rows_to_rank,
         )
         calls = layers * settings.accumulation
         group = Group.of(cluster, moe.ep_size)

@@ -64,7 +64,7 @@ def start_dispatch(
 
     def finish() -> Dispatched:
         rows, weights_M, row_ids_M = stage.pairs()
-        plan = ExchangePlan((stage.plan,))
+        plan = ExchangePlan((stage.plan,), x_TD.detach(), counts.rows_per_token())
         return Dispatched(rows, row_ids_M, row_ids_M, weights_M, counts.of_experts(), rows.shape[0], plan)
 
     return finish

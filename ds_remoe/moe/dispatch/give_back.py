@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import exchange
 from ds_remoe.moe.dispatch.record import StagePlan, StageSizes
+from ds_remoe.moe.dispatch.send import send_rows
 from ds_remoe.moe.dispatch.wire import Transfer
 
 
@@ -35,14 +36,4 @@ class _ReturnRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (row_tokens_N,) = ctx.saved_tensors
-        sizes: StageSizes = ctx.sizes
-        grad_TD = grads[0]
-        rows = grad_TD.index_select(0, row_tokens_N[: sizes.remote_out]).to(sizes.wire_dtype or grad_TD.dtype)
-        grad_MD = grad_TD.new_empty(sizes.arrived_rows, grad_TD.shape[1])
-        arriving = grad_MD[: sizes.remote_in] if rows.dtype == grad_MD.dtype else None
-        transfer = Transfer(rows, sizes.send_rows_P, sizes.recv_rows_P, sizes.group, arriving)
-        torch.index_select(grad_TD, 0, row_tokens_N[sizes.remote_out :], out=grad_MD[sizes.remote_in :])
-        arrived = transfer.wait()
-        if arrived.dtype != grad_MD.dtype:
-            grad_MD[: sizes.remote_in] = arrived
-        return grad_MD, None, None, None
+        return send_rows(grads[0], row_tokens_N, ctx.sizes), None, None, None

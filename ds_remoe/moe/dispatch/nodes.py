@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_remoe.launch_environment import RANKS_PER_NODE, ranks_per_node
-from ds_remoe.moe.dispatch.counts import Counts, Table, count_table
+from ds_remoe.moe.dispatch.counts import SHARE_COLUMNS, Counts, Table, count_table, share_columns
 from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan
 from ds_remoe.moe.dispatch.stage import Stage
 from ds_remoe.moe.routing import Routing
@@ -115,7 +115,7 @@ def start_on_nodes(
     def finish() -> Dispatched:
         within = Stage(*between.routing(), node_counts, groups.node, wire_dtype)
         rows, weights_M, row_ids_M = within.pairs()
-        plan = ExchangePlan((between.plan, within.plan))
+        plan = ExchangePlan((between.plan, within.plan), x_TD.detach(), node_counts.rows_per_token())
         return Dispatched(rows, row_ids_M, row_ids_M, weights_M, node_counts.of_experts(), rows.shape[0], plan)
 
     return finish
@@ -126,13 +126,16 @@ def _start_counts(routing: Routing, groups: NodeGroups) -> tuple[Counts, Counts]
     nodes, ranks = dist.get_world_size(groups.rail), dist.get_world_size(groups.node)
     table_NC = count_table(routing, nodes)
     rows_NG = routing.mask_TE.unflatten(1, (nodes, ranks, -1)).any(dim=-1).sum(dim=0, dtype=torch.int32)
-    sent = torch.cat([table_NC, rows_NG], dim=1)
+    share_NC = share_columns(rows_NG.sum(), routing.mask_TE.shape[0], nodes)
+    sent = torch.cat([table_NC, rows_NG, share_NC], dim=1)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=groups.rail)
-    arrived_NC, arrived_rows_NG = received.split([table_NC.shape[1], ranks], dim=1)
+    arrived_NC, arrived_rows_NG, arrived_share_NC = received.split([table_NC.shape[1], ranks, SHARE_COLUMNS], dim=1)
 
     pairs_GL = arrived_NC[:, :-1].sum(dim=0, dtype=torch.int32).view(ranks, -1)
-    spread_GC = torch.cat([pairs_GL, arrived_rows_NG.sum(dim=0, dtype=torch.int32).unsqueeze(1)], dim=1)
+    rows_G = arrived_rows_NG.sum(dim=0, dtype=torch.int32)
+    share_GC = arrived_share_NC.sum(dim=0, dtype=torch.int32).expand(ranks, -1)
+    spread_GC = torch.cat([pairs_GL, rows_G.unsqueeze(1), share_GC], dim=1)
     gathered_GC = torch.empty_like(spread_GC)
     work = dist.all_to_all_single(gathered_GC, spread_GC, group=groups.node, async_op=True)
     tables = [table_NC, arrived_NC, spread_GC, gathered_GC]
@@ -153,6 +156,6 @@ def _start_counts(routing: Routing, groups: NodeGroups) -> tuple[Counts, Counts]
         return read()[2], read()[3]
 
     return (
-        Counts(table_NC, arrived_NC, dist.get_rank(groups.rail), read_rail),
-        Counts(spread_GC, gathered_GC, dist.get_rank(groups.node), read_node),
+        Counts(table_NC, arrived_NC, dist.get_rank(groups.rail), read_rail, has_share=False),
+        Counts(spread_GC, gathered_GC, dist.get_rank(groups.node), read_node, has_share=True),
     )

@@ -34,9 +34,17 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """The stages that a layer's tokens went through, first to last; their results come back in reverse."""
+    """The way of a layer's tokens.
+
+    Attributes:
+        stages: that they went through, first to last; their results come back in reverse.
+        home_TD: the tokens before the first stage, without a graph, to be sent again.
+        rows_per_token: rows that a token became in the mean of all ranks' tokens, the same number on all.
+    """
 
     stages: tuple[StagePlan, ...]
+    home_TD: Tensor
+    rows_per_token: float
 
 
 @dataclass(frozen=True)
