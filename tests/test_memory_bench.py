@@ -58,3 +58,27 @@ def test_files_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixture
     message = capsys.readouterr().err
     assert 'remoe.moe.router = "topk"' in message
     assert "train_micro_batch_size_per_gpu: missing" in message
+
+
+def test_experts_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage I brings nearly every token to every rank; the rows beyond the budget are not kept."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "memory.json"
+    command = [
+        "bench",
+        "memory",
+        QUICKSTART,
+        "--set=remoe.model.num_layers=6",
+        "--kinds",
+        "model",
+        "--micro-batch",
+        "1",
+    ]
+    assert main([*command, "--ep-size", "3"]) == 2, "3 ranks for 8 experts"
+    assert main([*command, "--ep-size", "2", "--densities", "0.5", "--output", str(output)]) == 0
+    content = json.loads(output.read_text())
+    assert content["command"].endswith("--densities 0.5 --micro-batch 1 --ep-size 2")
+    kept = {(p["rival"], round(p["density"], 3)): p["kept_mib"] for p in content["figures"]["points"]}
+    assert kept["with budget", 0.5] <= 1.25 * kept["with budget", 0.125] < kept["without budget", 0.5]
+    assert content["figures"]["bars"][0]["reached"]

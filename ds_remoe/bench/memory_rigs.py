@@ -6,6 +6,8 @@ tokens an expert gets, the same share for each.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,7 @@ class Sizes:
     """Sizes of what is measured.
 
     Attributes:
-        model, moe: as configured, with moe.router "relu" and moe.ep_size 1, as one process measures.
+        model, moe: as configured, with moe.router "relu" and moe.ep_size the number of ranks that measure.
         vocab_size: V, of the whole model.
         micro_batch: sequences of model.seq_length tokens.
         dtype: of parameters and activations.
@@ -62,7 +64,7 @@ class Rig:
 
     def __init__(self, module: nn.Module, forward: Callable[[], Outputs], leaves: list[Tensor]) -> None:
         self.module, self.forward, self.leaves = module, forward, leaves
-        self._controller = SparsityController(module)
+        self._controller, self._has_run = SparsityController(module), False
 
     def route(self, density: float) -> float:
         """Give every router the weights with which it activates this share of its pairs; the share that came out."""
@@ -70,7 +72,9 @@ class Rig:
             router.register_forward_pre_hook(lambda module, inputs: _set_density(module.wg.weight, inputs[0], density))
             for router in find_routers(self.module)
         ]
-        self._controller.statistics.reduce()  # forget the passes before
+        if self._has_run:
+            self._controller.statistics.reduce()  # forget the passes before
+        self._has_run = True
         with torch.no_grad():
             self.forward()
         for hook in hooks:
@@ -81,7 +85,10 @@ class Rig:
 
 
 def rigs(kind: str, sizes: Sizes) -> Mapping[str, Callable[[], Rig]]:
-    """Rival → what builds it, for a layer or a whole model; without a configured budget there is none "with"."""
+    """Rival → what builds it, for a layer or a whole model; without a configured budget there is none "with".
+
+    DeepSpeed's layer is a rival on one rank.
+    """
     budgets = {BUDGET: sizes.moe.activation_budget, NO_BUDGET: None}
     if sizes.moe.activation_budget is None:
         del budgets[BUDGET]
@@ -90,15 +97,21 @@ def rigs(kind: str, sizes: Sizes) -> Mapping[str, Callable[[], Rig]]:
         rival: lambda budget=budget: build(sizes, budget)  # type: ignore[misc]
         for rival, budget in budgets.items()
     }
-    return {**result, STOCK: lambda: _stock_layer(sizes)} if kind == LAYER else result
+    return {**result, STOCK: lambda: _stock_layer(sizes)} if kind == LAYER and sizes.moe.ep_size == 1 else result
 
 
 def _layer(sizes: Sizes, budget: float | None) -> Rig:
     moe = sizes.moe
     torch.manual_seed(SEED)
     layer = MoE(
-        sizes.model.hidden_size, _expert(sizes), moe.total_experts, k=moe.active_experts, activation_budget=budget
+        sizes.model.hidden_size,
+        _expert(sizes),
+        moe.total_experts,
+        moe.ep_size,
+        k=moe.active_experts,
+        activation_budget=budget,
     ).to(sizes.device, sizes.dtype)
+    _spread_experts(layer, moe)
     x_TD, grad_TD = _tokens(sizes)
 
     def forward() -> Outputs:
@@ -128,6 +141,7 @@ def _model(sizes: Sizes, budget: float | None) -> Rig:
     with torch.no_grad():
         decoder.embedding.weight[:, 0] = 1.0
     decoder.to(sizes.device, sizes.dtype)
+    _spread_experts(decoder, moe)
     shape = (sizes.micro_batch, sizes.model.seq_length)
     tokens_BS, labels_BS = torch.randint(
         sizes.vocab_size, (2, *shape), generator=torch.Generator().manual_seed(SEED)
@@ -137,6 +151,14 @@ def _model(sizes: Sizes, budget: float | None) -> Rig:
         return [decoder(tokens_BS, labels_BS).loss], [None]
 
     return Rig(decoder, forward, [])
+
+
+def _spread_experts(module: nn.Module, moe: MoEConfig) -> None:
+    """Make the process groups, as the engine does."""
+    for layer in module.modules():
+        if moe.ep_size > 1 and isinstance(layer, MoE):
+            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints of each group that it makes
+                layer.set_deepspeed_parallelism()
 
 
 def _expert(sizes: Sizes) -> SwiGLU:

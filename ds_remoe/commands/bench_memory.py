@@ -25,13 +25,20 @@ def add_bench_memory(commands: Commands) -> None:
     description = (
         "Measure the peak activation memory of one MoE layer and of the whole model of a run's file, forward and "
         "backward, against routing density, with and without remoe.moe.activation_budget, and of DeepSpeed's MOELayer "
-        "with the same routing. One process: all experts of a layer are here (ep_size 1)."
+        "with the same routing. All experts of a layer are in one process, unless --ep-size says otherwise."
     )
     parser = commands.add_parser("memory", help="activation memory against density", description=description)
     add_run_arguments(parser)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: both")
     parser.add_argument("--densities", nargs="+", type=_density, metavar="D", help="besides k/E; default: 0.05 to 1")
     parser.add_argument("--micro-batch", type=positive, metavar="N", help=f"sequences; default: the file's {MICRO}")
+    parser.add_argument(
+        "--ep-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="spread the experts over N ranks of this machine; the fullest rank counts, DeepSpeed's layer is left out",
+    )
     parser.add_argument("--vocab-size", type=positive, metavar="V", help="default: that of the file's tokenizer")
     parser.add_argument("--output", metavar="FILE", help="results file to write; it must not exist")
     parser.add_argument("--picture", metavar="FILE", help="PNG to write")
@@ -49,14 +56,19 @@ def bench_memory(arguments: argparse.Namespace) -> int:
     sizes = _sizes(load_run(arguments.file, arguments.overrides, world_size=None), arguments)
 
     from ds_remoe.bench import memory
+    from ds_remoe.bench.memory_ranks import measure_on_ranks
     from ds_remoe.bench.results_file import write_results
     from ds_remoe.commands.output import make_console
 
-    console, points = make_console(), []
-    with console.status("measuring") as status:
-        for point in memory.measure(sizes, arguments.kinds, arguments.densities or memory.DENSITIES):
-            points.append(point)
-            status.update(f"measured {point.kind}, {point.rival}, density {point.density:.3f}")
+    console, points = make_console(), list[memory.Point]()
+    densities = arguments.densities or memory.DENSITIES
+    with console.status(f"measuring on {sizes.moe.ep_size} rank{'s' if sizes.moe.ep_size > 1 else ''}") as status:
+        if sizes.moe.ep_size > 1:
+            points = measure_on_ranks(sizes, arguments.kinds, densities)
+        else:
+            for point in memory.measure(sizes, arguments.kinds, densities):
+                points.append(point)
+                status.update(f"measured {point.kind}, {point.rival}, density {point.density:.3f}")
     console.print(memory.table(points))
     stage_three = memory.stage_three_density(sizes)
     for verdict in memory.judge(points, stage_three):
@@ -65,7 +77,8 @@ def bench_memory(arguments: argparse.Namespace) -> int:
         from ds_remoe.bench.memory_plot import plot_memory
 
         experts, dtype = sizes.moe.total_experts, str(sizes.dtype).removeprefix("torch.")
-        title = f"T = {sizes.tokens}, D = {sizes.model.hidden_size}, {experts} experts, {dtype}"
+        ranks = f" on {sizes.moe.ep_size} ranks" if sizes.moe.ep_size > 1 else ""
+        title = f"T = {sizes.tokens}, D = {sizes.model.hidden_size}, {experts} experts{ranks}, {dtype}"
         console.print(f"drawn: {plot_memory(points, stage_three, Path(arguments.picture), title)}", highlight=False)
     if output is not None:
         write_results(output, memory.WHAT, _command(arguments), memory.figures(sizes, points))
@@ -90,6 +103,9 @@ def _sizes(run: RunConfig, arguments: argparse.Namespace) -> Sizes:
     if vocab_size is None and "model" in arguments.kinds:
         remedy = "the file of a tokenizer that exists does not tell its size; give --vocab-size"
         problems.append(ConfigProblem("remoe.data.tokenizer.type", tokenizer.type, remedy))
+    if moe.total_experts % arguments.ep_size:
+        remedy = f"--ep-size {arguments.ep_size} does not divide the {moe.total_experts} experts of a layer"
+        problems.append(ConfigProblem("remoe.moe.num_experts", moe.num_experts, remedy))
     if problems or micro_batch is None:
         raise ConfigError(arguments.file, problems)
     dtype = torch.float32
@@ -97,8 +113,8 @@ def _sizes(run: RunConfig, arguments: argparse.Namespace) -> Sizes:
         if run.deepspeed.get(name, {}).get("enabled", False):
             dtype = wanted
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    one_rank = moe.model_copy(update={"ep_size": 1})
-    return Sizes(run.remoe.model, one_rank, vocab_size or 1, micro_batch, dtype, device)
+    spread = moe.model_copy(update={"ep_size": arguments.ep_size})
+    return Sizes(run.remoe.model, spread, vocab_size or 1, micro_batch, dtype, device)
 
 
 def _density(text: str) -> float:
@@ -113,7 +129,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     command += ["--kinds", *arguments.kinds]
     if arguments.densities:
         command += ["--densities", *map(str, arguments.densities)]
-    for name in ("micro_batch", "vocab_size"):
-        if getattr(arguments, name):
+    for name, default in (("micro_batch", None), ("vocab_size", None), ("ep_size", 1)):
+        if getattr(arguments, name) != default:
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     return command
