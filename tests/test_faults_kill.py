@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from forked_ranks import fork_ranks
-from test_logging_wandb import API_KEY, Server
 from test_resume import TIMING, run_config
+from wandb_server import API_KEY, Server
 
 from ds_remoe.bench.results_file import write_results
 from ds_remoe.training import metrics
@@ -239,11 +239,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(undisturbed
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_a_wandb_server_that_dies_in_mid_run_leaves_the_undisturbed_line(undisturbed: Run, server: Server) -> None:
