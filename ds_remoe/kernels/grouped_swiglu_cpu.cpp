@@ -129,14 +129,9 @@ struct Backward {
     Tensor down_gradient = grad_down[block.expert].narrow(1, first, units);
     at::addmm_out(down_gradient, down_gradient, grad_result.t(), hidden, beta);
     Tensor gradient = grad_gate_up[block.expert];
-    if (units == width()) {
-      const Tensor both = grad_gates.as_strided({block.count, 2 * units}, {stride, 1});
-      at::addmm_out(gradient, gradient, both.t(), block_rows, beta);
-    } else {
-      Tensor gate_gradient = gradient.narrow(0, first, units), up_gradient = gradient.narrow(0, width() + first, units);
-      at::addmm_out(gate_gradient, gate_gradient, grad_gates.t(), block_rows, beta);
-      at::addmm_out(up_gradient, up_gradient, grad_ups.t(), block_rows, beta);
-    }
+    Tensor gate_gradient = gradient.narrow(0, first, units), up_gradient = gradient.narrow(0, width() + first, units);
+    at::addmm_out(gate_gradient, gate_gradient, grad_gates.t(), block_rows, beta);
+    at::addmm_out(up_gradient, up_gradient, grad_ups.t(), block_rows, beta);
   }
 
   // One expert on the calling thread.
