@@ -6,6 +6,7 @@ imported for a load, so that checkpoints can be examined without it.
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
 
 PLAIN_CLASSES: Final = (
@@ -25,13 +27,28 @@ PLAIN_CLASSES: Final = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """Classes in the ZeRO optimizer's files besides tensors and builtins: holders of numbers, without code of their own."""
-
+NUMPY_VALUES: Final[dict[str, Any]] = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    **{f"numpy.{core}.multiarray._reconstruct": np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": np.float64(0).__reduce__()[0] for core in ("core", "_core")},
+}
+"""What NumPy's arrays, scalars and random states are pickled by, under the names of NumPy 1 and 2."""
 
 _GETATTR: Final = "builtins.getattr"
+_ZIP: Final = b"PK\3\4"
 
 
 class UnsafeFileError(RuntimeError):
     """A file holds something else than tensors and plain values."""
+
+
+class Reader(Protocol):
+    """How a file of `torch.save` is read: `load_values` or `load_objects`."""
+
+    def __call__(self, path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
+        """Its content; with `mmap` the tensors are mapped from the file, and read where they are used."""
+        ...
 
 
 def _enum_member(kind: Any, name: Any) -> Enum:
@@ -44,57 +61,143 @@ def _enum_member(kind: Any, name: Any) -> Enum:
 def unsafe_globals(path: Path) -> list[str]:
     """The functions and classes that unpickling a file of `torch.save` would call, without those known to be harmless.
 
-    Nothing is unpickled.
+    Nothing is unpickled. What `torch.serialization.add_safe_globals` names is harmless.
 
     Raises:
-        UnsafeFileError: this cannot be told, as the file is not one of `torch.save`.
+        UnsafeFileError: this cannot be told, as the file is not one of `torch.save`, or of its old format.
     """
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except OSError:
         raise
     except Exception as error:
-        # Whatever the disassembler stumbles over, torch.save did not write it.
-        raise UnsafeFileError(f"{path}: not a file of torch.save ({type(error).__name__}: {error})") from error
-    return sorted(set(found) - {*PLAIN_CLASSES, _GETATTR})
+        raise _not_of_torch(path, error) from error
+    return sorted(set(found) - {*PLAIN_CLASSES, *NUMPY_VALUES, _GETATTR})
+
+
+def examine(path: Path) -> str | None:
+    """Why `load_values` would refuse a file; None if it would not, as far as can be told without unpickling it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        if _is_zip(path):
+            unsafe = unsafe_globals(path)
+            return _refusal(path, unsafe) if unsafe else None
+        load_values(path, "cpu")  # the old format can only be told by loading it
+    except UnsafeFileError as error:
+        return str(error)
+    return None
 
 
 def load_values(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
-    """`torch.load` of tensors, builtins and `PLAIN_CLASSES`; no code in the file is run.
+    """`torch.load` of tensors, builtins, `PLAIN_CLASSES` and `NUMPY_VALUES`; no code in the file is run.
 
     With `mmap` the tensors are mapped from the file, and read where they are used.
 
     Raises:
         UnsafeFileError: the file holds anything else; the message names it.
     """
-    unsafe = unsafe_globals(Path(path))
+    zipped = _is_zip(path)
+    unsafe = unsafe_globals(Path(path)) if zipped else []
     if unsafe:
-        raise UnsafeFileError(f"{path}: loading it would run {', '.join(unsafe)}; it is refused")
-    classes = []
-    for name in PLAIN_CLASSES:
-        module, _, attribute = name.rpartition(".")
-        classes.append(getattr(import_module(module), attribute))
+        raise UnsafeFileError(_refusal(path, unsafe))
     try:
-        with torch.serialization.safe_globals([*classes, (_enum_member, _GETATTR)]):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        with _plain_globals():
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path}: {error}; it is refused") from error
     except pickle.UnpicklingError as error:
-        raise UnsafeFileError(f"{path}: refused: {str(error).splitlines()[-1]}") from error
+        raise UnsafeFileError(f"{path}: refused: {_reason(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        if zipped:
+            raise
+        raise _not_of_torch(path, error) from error
+
+
+def load_objects(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
+    """`torch.load` of whatever there is, which runs the code that the file names: for files of a trusted source."""
+    return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap and _is_zip(path))
+
+
+def _is_zip(path: str | Path) -> bool:
+    """Whether it is of the format that `torch.save` writes by default, and not of the one before it."""
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
+def _refusal(path: str | Path, unsafe: list[str]) -> str:
+    return f"{path}: loading it would run {', '.join(unsafe)}; it is refused"
+
+
+def _not_of_torch(path: str | Path, error: Exception) -> UnsafeFileError:
+    """For whatever a reader stumbles over in a file that torch.save did not write."""
+    return UnsafeFileError(f"{path}: not a file of torch.save ({type(error).__name__}: {error})")
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What was found, without torch's advice around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Check the documentation")]
+    return told[-1].removeprefix("WeightsUnpickler error: ") if told else type(error).__name__
+
+
+@contextmanager
+def _plain_globals() -> Iterator[None]:
+    """Within it, torch takes `PLAIN_CLASSES` and `NUMPY_VALUES` for values; what the user added stays added."""
+    known: list[Any] = [(_enum_member, _GETATTR)]
+    known += [(value, name) for name, value in NUMPY_VALUES.items()]
+    known += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+    for name in PLAIN_CLASSES:
+        module, _, attribute = name.rpartition(".")
+        known.append(getattr(import_module(module), attribute))
+    # Leaving `safe_globals` removes all of its own, also those that were there before.
+    added = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([entry for entry in known if entry not in added]):
+        yield
 
 
 @contextmanager
 def loading_values_only(engine: Any) -> Iterator[None]:
-    """Within it, `engine.load_checkpoint` reads every file with `load_values`.
+    """Within it, `engine.load_checkpoint` reads every file as values, those of ZeRO-3 and universal ones included.
 
-    Experts' files are mapped, as their content is copied into the model; others may be kept by the optimizer.
+    What goes through the engine's reader is read with `load_values`; experts' files are mapped, as their content is
+    copied into the model, others may be kept by the optimizer. What DeepSpeed asks of `torch.load` itself (the fp32
+    weights of ZeRO-3, universal checkpoints) torch is told to read so, in the whole process.
+
+    Raises:
+        UnsafeFileError: a file holds anything else.
     """
     reader = engine.checkpoint_engine
+    outer = vars(reader).get("load")
     reader.load = lambda path, map_location=None: load_values(path, map_location, mmap="_expert_" in Path(path).name)
+    try:
+        with _plain_globals(), _environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=None):
+            yield
+    except pickle.UnpicklingError as error:
+        raise UnsafeFileError(f"a file that DeepSpeed reads by itself is refused: {_reason(error)}") from error
+    finally:
+        if outer is None:
+            del reader.load
+        else:
+            reader.load = outer
+
+
+@contextmanager
+def _environment(**changes: str | None) -> Iterator[None]:
+    """Within it, these variables are set, or absent where None."""
+    kept = {name: os.environ.pop(name, None) for name in changes}
+    os.environ.update({name: value for name, value in changes.items() if value is not None})
     try:
         yield
     finally:
-        del reader.load
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @dataclass

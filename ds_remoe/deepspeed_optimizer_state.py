@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_remoe.deepspeed_checkpoint_io import load_values
+from ds_remoe.deepspeed_checkpoint_io import Reader, load_values
 
 MASTER = "master"
 """Key of the fp32 masters, beside those of the optimizer's states."""
@@ -88,22 +88,21 @@ class Cut:
     ep_sizes: frozenset[int]
 
 
-def saved_cut(checkpoint: Path) -> Cut | None:
-    """That of a checkpoint; None where it has no optimizer.
+def saved_cut(checkpoint: Path, read: Reader = load_values) -> Cut | None:
+    """That of a checkpoint, whose files are read with `read`; None where it has no optimizer.
 
     Raises:
         OSError, KeyError: the files are not as DeepSpeed 0.19.8 writes them.
-        UnsafeFileError: loading one of them would run code.
+        UnsafeFileError: `load_values` refuses one of them.
     """
     sharded, whole = _zero_file(checkpoint, 0), checkpoint / _STAGE_0_FILE.format(0)
     if sharded.is_file():
-        optimizer = load_values(sharded, "cpu", mmap=True)["optimizer_state_dict"]
-        groups = optimizer["base_optimizer_state"]["param_groups"]
+        content = read(sharded, "cpu", mmap=True)
+        optimizer, ep_sizes = content["optimizer_state_dict"], _ep_sizes(base_state(content)["param_groups"])
         # BF16_Optimizer, which serves stage 1 with fp32 gradients, does not write its stage.
-        return Cut(int(optimizer.get("zero_stage", 1)), max(optimizer["partition_count"]), _ep_sizes(groups))
+        return Cut(int(optimizer.get("zero_stage", 1)), max(optimizer["partition_count"]), ep_sizes)
     if whole.is_file():
-        optimizer = load_values(whole, "cpu", mmap=True)["optimizer"]
-        return Cut(0, 1, _ep_sizes(optimizer.get("optimizer_state_dict", optimizer)["param_groups"]))
+        return Cut(0, 1, _ep_sizes(base_state(read(whole, "cpu", mmap=True))["param_groups"]))
     # The optimizer of a model without experts stands in the file of its weights, the same for any number of ranks.
     return Cut(0, 1, frozenset()) if (checkpoint / MODEL_FILE).is_file() else None
 
@@ -137,6 +136,15 @@ def _zero_file(checkpoint: Path, rank: int) -> Path:
     return of_bf16 if of_bf16.is_file() else checkpoint / name
 
 
+def base_state(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The base optimizer's own state, `state` and `param_groups`, in one of these files."""
+    if "optimizer_state_dict" in content:
+        base: Mapping[str, Any] = content["optimizer_state_dict"]["base_optimizer_state"]
+    else:
+        base = content["optimizer"].get("optimizer_state_dict", content["optimizer"])
+    return base
+
+
 def saved_slabs(content: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[SavedSlab]:
     """The slabs of one of these files.
 
@@ -148,13 +156,12 @@ def saved_slabs(content: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterato
         KeyError, ValueError: the file is not as DeepSpeed 0.19.8 writes it, or of other parameters.
     """
     if "optimizer_state_dict" in content:
-        yield from _saved_by_zero(content["optimizer_state_dict"])
+        yield from _saved_by_zero(content["optimizer_state_dict"], base_state(content))
     else:
-        yield from _saved_at_stage_0(content["optimizer"], sizes)
+        yield from _saved_at_stage_0(content["optimizer"], base_state(content), sizes)
 
 
-def _saved_by_zero(optimizer: Mapping[str, Any]) -> Iterator[SavedSlab]:
-    base = optimizer["base_optimizer_state"]
+def _saved_by_zero(optimizer: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[SavedSlab]:
     _check_not_muon(base["param_groups"])
     for index, mapping in enumerate(optimizer["param_slice_mappings"]):
         (parameter,) = base["param_groups"][index]["params"]
@@ -162,8 +169,9 @@ def _saved_by_zero(optimizer: Mapping[str, Any]) -> Iterator[SavedSlab]:
         yield _slab(pieces, optimizer["single_partition_of_fp32_groups"][index], base["state"].get(parameter, {}))
 
 
-def _saved_at_stage_0(optimizer: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[SavedSlab]:
-    base = optimizer.get("optimizer_state_dict", optimizer)
+def _saved_at_stage_0(
+    optimizer: Mapping[str, Any], base: Mapping[str, Any], sizes: Mapping[str, int]
+) -> Iterator[SavedSlab]:
     flat: list[Tensor] = list(optimizer.get("fp32_groups_flat", []))
     masters: list[Tensor | None] = [*flat] or [master for group in optimizer.get("fp32_groups", []) for master in group]
     parameters = [index for group in base["param_groups"] for index in group["params"]]

@@ -28,7 +28,7 @@ from ds_remoe.model.exported import load_exported
 from ds_remoe.training import runtime
 from ds_remoe.training.export import CheckpointWeights, export
 from ds_remoe.training.manifest import Manifest
-from ds_remoe.training.resharding import SavedOptimizer, overlaps
+from ds_remoe.training.saved_optimizer import SavedOptimizer, overlaps
 from ds_remoe.training.trainer import Trainer
 
 MICRO_BATCHES, SAVED = 4, 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import ds_remoe
 from ds_remoe.deepspeed_checkpoint_io import UnsafeFileError, load_values
 from ds_remoe.deepspeed_optimizer_state import saved_cut, saved_slabs, trained_names
-from ds_remoe.training.resharding import SavedOptimizer, is_expert
+from ds_remoe.training.saved_optimizer import SavedOptimizer, is_expert
 
 D, E = 8, 4
 Cut = tuple[int, int]
@@ -134,10 +136,81 @@ def load_the_same_cut(folder: Path) -> None:
         assert train(second, 2, seed=3) == expected, name
 
 
-@pytest.mark.parametrize("check", [hand_on_in_every_way, load_the_same_cut])
+def open_few_files(folder: Path) -> None:
+    """A rank opens its share of the optimizer's files and those that it steps a part of, not all."""
+    opened: list[str] = []
+
+    def read(path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(path).name)
+        return load_values(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_remoe.training.engine_checkpoints.load_values", read)
+        first, second = build((1, 1), all_parameters), build((1, 2), all_parameters)
+    train(first, 2, seed=1)
+    first.save_checkpoint(str(folder), "few")
+    second.load_checkpoint(str(folder), "few")
+    own = f"zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt"
+    assert opened == ["zero_pp_rank_0_mp_rank_00_optim_states.pt", own]  # how it is cut, and what is in it
+    assert train(second, 2, seed=3) == train(first, 2, seed=3)
+
+
+def fail_together(folder: Path) -> None:
+    """A file that one rank alone looks into, and cannot read, ends the load on all of them, nothing changed."""
+    first, second = build((1, 1), all_parameters), build((1, 2), all_parameters)
+    train(first, 2, seed=1)
+    first.save_checkpoint(str(folder), "gone")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "gone" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    dist.barrier()
+    before = {name: tensor.clone() for name, tensor in second.module.state_dict().items()}
+    with pytest.raises(FileNotFoundError, match="zero_pp_rank_1"):
+        second.load_checkpoint(str(folder), "gone")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in second.module.state_dict().items())
+
+
+@pytest.mark.parametrize("check", [hand_on_in_every_way, load_the_same_cut, open_few_files, fail_together])
 def test_a_users_engine_loads_what_others_saved(check: Callable[[Path], None], tmp_path: Path) -> None:
     codes, output = fork_ranks(check, 2, tmp_path, log=tmp_path / "log", timeout=240)
     assert codes == [0, 0], output
+
+
+def offloaded(cut: Cut) -> Any:
+    """An engine whose optimizer is DeepSpeedCPUAdam; at stage 0 it cannot be, and torch's takes over."""
+    if cut[1] == 0:
+        return build(cut, by_decay)
+    zero = {"stage": cut[1], "offload_optimizer": {"device": "cpu"}}
+    engine = build(cut, by_decay, optimizer={"type": "AdamW", "params": {"lr": 1e-2}}, zero_optimization=zero)
+    assert type(engine.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+    return engine
+
+
+def pass_on(folder: Path, before: str | None, cut: Cut, after: str, losses: Path) -> None:
+    """Train from scratch, or load what others saved after a step in another direction; save, and go on."""
+    engine = offloaded(cut)
+    train(engine, 1 if before else 3, seed=9 if before else 1)
+    if before:
+        engine.load_checkpoint(str(folder), before)
+    engine.save_checkpoint(str(folder), after)
+    losses.with_name(f"{losses.name}.{dist.get_rank()}").write_text(json.dumps(train(engine, 3, seed=5)))
+
+
+@pytest.mark.skipif("DS_REMOE_SLOW" not in os.environ, reason="compiles for minutes once: set DS_REMOE_SLOW=1")
+def test_deepspeeds_cpu_adam_is_handed_on(tmp_path: Path) -> None:
+    """From 2 ranks to 1 and back, to another ep_size and stage, and through a stage without offload."""
+    before, losses = None, {}
+    chain: list[tuple[int, Cut]] = [(2, (2, 2)), (1, (1, 2)), (2, (2, 2)), (2, (1, 1)), (2, (1, 0)), (2, (2, 2))]
+    for index, (world, cut) in enumerate(chain):
+        after, out = f"link{index}", tmp_path / f"losses{index}"
+        codes, output = fork_ranks(pass_on, world, tmp_path, before, cut, after, out, log=tmp_path / "log", timeout=900)
+        assert codes == [0] * world, output
+        losses[index] = [json.loads(out.with_name(f"{out.name}.{rank}").read_text()) for rank in range(world)]
+        before = after
+    assert losses[2] == losses[0]  # through one rank, bit for bit
+    for index in (3, 4, 5):
+        for got, expected in zip(losses[index], losses[0], strict=True):
+            assert got == pytest.approx(expected, abs=1e-5)
 
 
 def test_momenta_of_muon_are_refused() -> None:

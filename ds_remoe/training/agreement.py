@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ds_remoe.training.manifest import CheckpointError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -32,3 +33,32 @@ def gathered(value: Result) -> list[Result]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def agreed(action: Callable[[], Result]) -> Result:
+    """The action's own result on every rank, once all have theirs.
+
+    Raises:
+        Exception: on every rank, what the action raised on the first where it did.
+    """
+    results: list[Result] = []
+    failure: Exception | None = None
+    try:
+        results.append(action())
+    except Exception as error:
+        failure = error
+    for failed in gathered(failure):
+        if failed is not None:
+            raise failed
+    return results[0]
+
+
+def shared_out(items: Sequence[Item], action: Callable[[Item], Result]) -> list[Result]:
+    """The action's results (picklable) of all items, in order, each rank doing its share of them.
+
+    Raises:
+        Exception: on every rank, what the action raised on the first where it did.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = gathered(agreed(lambda: [action(item) for item in items[rank::world_size]]))
+    return [parts[index % world_size][index // world_size] for index in range(len(items))]

@@ -23,6 +23,7 @@ from ds_remoe.deepspeed_compat import (
     without_update,
     zero_norm_veto,
 )
+from ds_remoe.deepspeed_loss_scale import scale_loss_at_stage_0
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.sparsity import SparsityController, find_routers
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
@@ -84,13 +85,24 @@ def initialize(
     config: str | dict[str, Any] | None = None,
     mesh_param: Any = None,
     config_params: str | dict[str, Any] | None = None,
+    *,
+    trust_checkpoints: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` for a model with ReMoE layers: same arguments, same results.
+    """`deepspeed.initialize` for a model with ReMoE layers: its arguments and one more, its results.
 
     It makes a `SparsityController` for the model's ReLU routers, from `remoe.sparsity` of the DeepSpeed config where
     that stands, and ties it to the engine: `engine.step()` moves λ at each optimizer step, `save_checkpoint` and
     `load_checkpoint` carry λ and its history (also with load_module_only, as the weights belong to that λ). At ZeRO
-    stage 0 it also puts gradient clipping right for experts.
+    stage 0 it also puts gradient clipping right for experts, and scales the loss of fp16, which DeepSpeed forgets.
+
+    `engine.load_checkpoint`, which every rank calls, reads files as values (tensors, NumPy arrays, numbers, texts,
+    lists, dicts and what DeepSpeed itself saves), so that no code in them runs, at ZeRO stage 3 and from universal
+    checkpoints, too. Files with anything else are refused on all ranks before the engine changes, with an
+    `UnsafeFileError` that names them: objects of your own in `client_state`, and DataStates' format.
+
+    Args:
+        trust_checkpoints: let `engine.load_checkpoint` run the code that files name, as DeepSpeed does; for
+            checkpoints whose source you trust. Other arguments are those of `deepspeed.initialize`.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler) as DeepSpeed gives them; `engine.remoe` is a
@@ -124,8 +136,9 @@ def initialize(
     )
     engine = results[0]
     engine.remoe = state
+    scale_loss_at_stage_0(engine)
     _tie_step(engine, state)
-    tie_checkpoints(engine, state.controller, state.carried)
+    tie_checkpoints(engine, state.controller, state.carried, trust=trust_checkpoints)
     return results
 
 

@@ -21,7 +21,7 @@ from ds_remoe.deepspeed_optimizer_state import MASTER, MODEL_FILE, saved_cut
 from ds_remoe.model.exported import CONFIG, INDEX, WEIGHTS
 from ds_remoe.moe.experts import DOWN, GATE, UP
 from ds_remoe.training.manifest import CheckpointError, Manifest, sync_folder, write_atomically
-from ds_remoe.training.resharding import SavedOptimizer
+from ds_remoe.training.saved_optimizer import SavedOptimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EXPERT = re.compile(r"(?P<experts>.+\.deepspeed_experts)\.(?P<index>\d+)\.(?P<matrix>.+)")

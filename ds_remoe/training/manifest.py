@@ -190,8 +190,7 @@ class Manifest:
         """What a run that may resume this checkpoint does differently, for the user."""
         saved, notes = self.identity, []
         if saved.topology != current.topology:
-            loss_scale = "; the dynamic loss scale starts anew" if saved.dtype == "fp16" else ""
-            notes.append(f"saved by {saved.topology}; resharded for {current.topology}{loss_scale}")
+            notes.append(f"saved by {saved.topology}; resharded for {current.topology}")
         if saved.micro_batch_size != current.micro_batch_size:
             notes.append(
                 f"the micro-batch size was {saved.micro_batch_size} and is {current.micro_batch_size} now: balance "

@@ -8,153 +8,70 @@ into memory and not loaded, one piece of a parameter at a time.
 
 from __future__ import annotations
 
+import logging
 import re
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ds_remoe.deepspeed_checkpoint_io import load_values
+from ds_remoe.deepspeed_checkpoint_io import Reader, load_values
+from ds_remoe.deepspeed_loss_scale import restore_loss_scale
 from ds_remoe.deepspeed_optimizer_state import (
     MASTER,
     Cut,
     LiveSlab,
-    SavedSlab,
     base_optimizer,
     live_cut,
     live_slabs,
-    optimizer_files,
     saved_cut,
-    saved_slabs,
     trained_names,
 )
+from ds_remoe.training.agreement import agreed
+from ds_remoe.training.saved_optimizer import SavedOptimizer, is_expert
 
-_EXPERTS = ".deepspeed_moe.experts."
+_log = logging.getLogger(__name__)
+
+_OF_THE_CUT = frozenset({"params", "name", "moe", "fused", "foreach", "capturable"})
+"""Keys of an optimizer's group that say what it steps and how, and not by how much."""
 _ONE_BY_ONE = re.compile(r"\.deepspeed_experts\.\d+\.")
 
 
-def is_expert(name: str) -> bool:
-    """Whether a parameter of this name holds experts, so that each expert-parallel rank has others."""
-    return _EXPERTS in name
+def open_optimizer(engine: Any, checkpoint: Path, read_file: Reader = load_values) -> SavedOptimizer | None:
+    """The optimizer of a checkpoint that other ranks have saved; None where these ranks would cut it as it is.
 
-
-@dataclass(frozen=True)
-class _Extent:
-    """Elements start ... start + numel - 1 of a global tensor; they lie in a slab from `offset` on."""
-
-    start: int
-    numel: int
-    slab: SavedSlab
-    offset: int
-
-
-class SavedOptimizer:
-    """The fp32 masters and optimizer states of a checkpoint by global tensor, whatever ranks saved it.
+    Every rank calls it, before DeepSpeed loads anything: the engine does not change, and an error is raised on all.
 
     Args:
-        checkpoint: its folder; the files were checked.
-        saved_by: how it is cut.
-        sizes: elements of each trained global tensor, in the optimizer's order: experts last.
-
-    Attributes:
-        keys: of what `read` can give of some tensor: the optimizer's states, and `MASTER` where masters were saved.
-
-    Raises:
-        OSError, KeyError, ValueError: a file is missing, not as DeepSpeed writes it, or of another model.
-    """
-
-    def __init__(self, checkpoint: Path, saved_by: Cut, sizes: Mapping[str, int]) -> None:
-        ep_size, zero_stage = max(saved_by.ep_sizes, default=1), saved_by.zero_stage
-        self.keys: set[str] = set()
-        self._extents: dict[str, list[_Extent]] = defaultdict(list)
-        local_sizes = {name: size // ep_size if is_expert(name) else size for name, size in sizes.items()}
-        ends: dict[tuple[str, int], int] = defaultdict(int)
-        for index, path in enumerate(optimizer_files(checkpoint, saved_by)):
-            for slab in saved_slabs(load_values(path, "cpu", mmap=True), local_sizes):
-                self.keys |= slab.tensors.keys()
-                for piece in slab.pieces:
-                    ep_rank = index % ep_size if is_expert(piece.name) else 0
-                    if zero_stage == 0 and index != ep_rank:
-                        continue  # the same as in the first file
-                    end = ends[piece.name, ep_rank]
-                    start = ep_rank * local_sizes[piece.name] + end
-                    self._extents[piece.name].append(_Extent(start, piece.numel, slab, piece.offset))
-                    ends[piece.name, ep_rank] = end + piece.numel
-        for name, size in sizes.items():
-            self._extents[name].sort(key=lambda extent: extent.start)
-            found = sum(extent.numel for extent in self._extents[name])
-            if found != size:
-                raise ValueError(f"{checkpoint}: holds {found} elements of {name}, but it has {size}")
-
-    def read(self, name: str, key: str, start: int, out: Tensor) -> None:
-        """Copy elements start ... start + len(out) - 1 of a global tensor into a flat one."""
-        extents = self._extents[name]
-        done = 0
-        for index, skipped, count in overlaps([extent.start for extent in extents], start, out.numel()):
-            extent = extents[index]
-            source = extent.slab.tensors[key].narrow(0, extent.offset + skipped, count)
-            out[done : done + count].copy_(source)
-            done += count
-
-    def keys_of(self, name: str) -> set[str]:
-        """Of what `read` can give of one tensor; none of a tensor that was never stepped, unless it has a master.
-
-        Raises:
-            ValueError: a part of the tensor has states that another lacks.
-        """
-        first, *others = (set(extent.slab.tensors) for extent in self._extents[name])
-        for other in others:
-            if other != first:
-                raise ValueError(f"{name}: a part of it has the states {sorted(first)}, and another {sorted(other)}")
-        return first
-
-    def scalars(self, name: str) -> dict[str, Any]:
-        """The states that are one number for the whole tensor, such as Adam's number of steps."""
-        return self._extents[name][0].slab.scalars
-
-
-def overlaps(starts: Sequence[int], start: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Where elements start ... start + count - 1 lie, of a tensor that is cut at `starts` (rising, the first is 0).
-
-    Yields:
-        Index of a part, how many of its elements come before the wanted ones, and how many are wanted; in order.
-    """
-    end = start + count
-    index = bisect_right(starts, start) - 1
-    while start < end:
-        part_end = min(end, starts[index + 1]) if index + 1 < len(starts) else end
-        if part_end > start:
-            yield index, start - starts[index], part_end - start
-        start, index = part_end, index + 1
-
-
-def restore_optimizer(engine: Any, checkpoint: Path) -> None:
-    """Give an engine the masters and states of a checkpoint that other ranks have saved; every rank calls it.
-
-    Args:
-        engine: its model already has the checkpoint's weights. Expert-parallel groups are neighbouring ranks.
+        engine: its expert-parallel groups are neighbouring ranks.
         checkpoint: its folder.
+        read_file: `load_values`, or `load_objects` where the source is trusted.
 
     Raises:
         OSError, KeyError, TypeError, ValueError: the files are not as DeepSpeed writes them, of another model, or have
             experts that cannot be resharded.
     """
-    saved_by, here = saved_cut(checkpoint), live_cut(engine)
-    assert saved_by is not None
-    parameters = dict(engine.module.named_parameters())
-    names = trained_names(engine)
-    local_sizes = {name: parameters[name].numel() for name in names}
-    _check_experts(checkpoint, names, saved_by, here)
+    saved_by, here = agreed(partial(saved_cut, checkpoint, read_file)), live_cut(engine)
+    if saved_by is None or saved_by == here:
+        return None
+    sizes = _local_sizes(engine)
+    _check_experts(checkpoint, list(sizes), saved_by, here)
     ep_size = max(here.ep_sizes, default=1)
-    sizes = {name: local_sizes[name] * (ep_size if is_expert(name) else 1) for name in names}
-    saved = SavedOptimizer(checkpoint, saved_by, sizes)
-    starts = {name: dist.get_rank() % ep_size * local_sizes[name] if is_expert(name) else 0 for name in names}
+    whole = {name: size * (ep_size if is_expert(name) else 1) for name, size in sizes.items()}
+    return SavedOptimizer(checkpoint, saved_by, whole, read_file, together=True)
+
+
+def restore_optimizer(engine: Any, saved: SavedOptimizer) -> None:
+    """Give an engine, whose model already has the checkpoint's weights, the masters and states of the same checkpoint.
+
+    Raises:
+        OSError, TypeError, ValueError: the states are not such as this engine's optimizer has.
+    """
+    local_sizes, ep_size = _local_sizes(engine), max(live_cut(engine).ep_sizes, default=1)
+    starts = {name: dist.get_rank() % ep_size * size if is_expert(name) else 0 for name, size in local_sizes.items()}
     base = base_optimizer(engine)
     scalar = _as_tensor if type(base).__module__.startswith("torch.") else _as_number
     state = {
@@ -162,7 +79,34 @@ def restore_optimizer(engine: Any, checkpoint: Path) -> None:
         for index, slab in enumerate(live_slabs(engine))
         if slab.parameter.requires_grad  # a plain optimizer may have been given frozen parameters
     }
-    base.load_state_dict({"state": state, "param_groups": base.state_dict()["param_groups"]})
+    groups, own_settings = _with_saved_settings(base.state_dict()["param_groups"], saved.groups)
+    base.load_state_dict({"state": state, "param_groups": groups})
+    for note in (own_settings, restore_loss_scale(engine, saved.loss_scale)):
+        if note is not None and dist.get_rank() == 0:
+            _log.warning("%s: %s", saved.checkpoint, note)
+
+
+def _with_saved_settings(
+    here: list[dict[str, Any]], saved: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Groups with the saved learning rates and other settings, as DeepSpeed loads them where the cut is the same.
+
+    Returns:
+        The groups, and what the user should know.
+    """
+    if len(here) != len(saved):
+        note = (
+            f"its optimizer has {len(saved)} groups, and this one {len(here)}; learning rates and the like stay as here"
+        )
+        return here, note
+    both = zip(here, saved, strict=True)
+    return [g | {k: v for k, v in s.items() if k in g and k not in _OF_THE_CUT} for g, s in both], None
+
+
+def _local_sizes(engine: Any) -> dict[str, int]:
+    """Elements of this rank's trained parameters, in the optimizer's order."""
+    parameters = dict(engine.module.named_parameters())
+    return {name: parameters[name].numel() for name in trained_names(engine)}
 
 
 def _check_experts(checkpoint: Path, names: Sequence[str], saved_by: Cut, here: Cut) -> None:
