@@ -30,6 +30,12 @@ find_python() {
     die "found no Python 3.11 or newer; install one, or name it: PYTHON=/path/to/python bash launch/setup.sh"
 }
 
+# Nodes that share the folder may all come here at once; one makes .venv, the others find it made.
+if command -v flock >/dev/null 2>&1; then
+    exec 9>>"$root/.venv.lock"
+    flock 9
+fi
+
 if ! "$venv/bin/python" -c '' >/dev/null 2>&1; then
     python="$(find_python)"
     "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 ||

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,11 @@ class Cluster:
         return subprocess.Popen(
             self.command(host, command), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def power_off(self, host: int) -> None:
+        """Nothing more comes from it, not even the end of its connections; for good."""
+        _run(self.command(host, ["ip", "link", "set", "eth0", "down"]))
+        os.kill(self._pids[host], signal.SIGKILL)
 
     def _up(self, processes: list[subprocess.Popen[bytes]], sshd: str) -> None:
         names = [f"node{host}" for host in range(self.size)]
