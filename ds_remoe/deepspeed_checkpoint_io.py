@@ -17,7 +17,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import numpy as np
 import torch
 
 PLAIN_CLASSES: Final = (
@@ -27,13 +26,6 @@ PLAIN_CLASSES: Final = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """Classes in the ZeRO optimizer's files besides tensors and builtins: holders of numbers, without code of their own."""
-NUMPY_VALUES: Final[dict[str, Any]] = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    **{f"numpy.{core}.multiarray._reconstruct": np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": np.float64(0).__reduce__()[0] for core in ("core", "_core")},
-}
-"""What NumPy's arrays, scalars and random states are pickled by, under the names of NumPy 1 and 2."""
 
 _GETATTR: Final = "builtins.getattr"
 _ZIP: Final = b"PK\3\4"
@@ -41,6 +33,10 @@ _ZIP: Final = b"PK\3\4"
 
 class UnsafeFileError(RuntimeError):
     """A file holds something else than tensors and plain values."""
+
+
+class DamagedFileError(UnsafeFileError):
+    """A file is not one of torch.save, or no longer."""
 
 
 class Reader(Protocol):
@@ -64,7 +60,7 @@ def unsafe_globals(path: Path) -> list[str]:
     Nothing is unpickled. What `torch.serialization.add_safe_globals` names is harmless.
 
     Raises:
-        UnsafeFileError: this cannot be told, as the file is not one of `torch.save`, or of its old format.
+        DamagedFileError: this cannot be told, as the file is not one of `torch.save`, or of its old format.
     """
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
@@ -72,10 +68,10 @@ def unsafe_globals(path: Path) -> list[str]:
         raise
     except Exception as error:
         raise _not_of_torch(path, error) from error
-    return sorted(set(found) - {*PLAIN_CLASSES, *NUMPY_VALUES, _GETATTR})
+    return sorted(set(found) - {*PLAIN_CLASSES, _GETATTR})
 
 
-def examine(path: Path) -> str | None:
+def examine(path: Path) -> UnsafeFileError | None:
     """Why `load_values` would refuse a file; None if it would not, as far as can be told without unpickling it.
 
     Raises:
@@ -84,15 +80,15 @@ def examine(path: Path) -> str | None:
     try:
         if _is_zip(path):
             unsafe = unsafe_globals(path)
-            return _refusal(path, unsafe) if unsafe else None
+            return UnsafeFileError(_refusal(path, unsafe)) if unsafe else None
         load_values(path, "cpu")  # the old format can only be told by loading it
     except UnsafeFileError as error:
-        return str(error)
+        return error
     return None
 
 
 def load_values(path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
-    """`torch.load` of tensors, builtins, `PLAIN_CLASSES` and `NUMPY_VALUES`; no code in the file is run.
+    """`torch.load` of tensors, builtins and `PLAIN_CLASSES`; no code in the file is run.
 
     With `mmap` the tensors are mapped from the file, and read where they are used.
 
@@ -133,9 +129,9 @@ def _refusal(path: str | Path, unsafe: list[str]) -> str:
     return f"{path}: loading it would run {', '.join(unsafe)}; it is refused"
 
 
-def _not_of_torch(path: str | Path, error: Exception) -> UnsafeFileError:
+def _not_of_torch(path: str | Path, error: Exception) -> DamagedFileError:
     """For whatever a reader stumbles over in a file that torch.save did not write."""
-    return UnsafeFileError(f"{path}: not a file of torch.save ({type(error).__name__}: {error})")
+    return DamagedFileError(f"{path}: not a file of torch.save ({type(error).__name__}: {error})")
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
@@ -147,10 +143,8 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 @contextmanager
 def _plain_globals() -> Iterator[None]:
-    """Within it, torch takes `PLAIN_CLASSES` and `NUMPY_VALUES` for values; what the user added stays added."""
+    """Within it, torch takes `PLAIN_CLASSES` for values; what the user added stays added."""
     known: list[Any] = [(_enum_member, _GETATTR)]
-    known += [(value, name) for name, value in NUMPY_VALUES.items()]
-    known += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
     for name in PLAIN_CLASSES:
         module, _, attribute = name.rpartition(".")
         known.append(getattr(import_module(module), attribute))

@@ -31,9 +31,9 @@ find_python() {
 }
 
 # Nodes that share the folder may all come here at once; one makes .venv, the others find it made.
-if command -v flock >/dev/null 2>&1; then
+if command -v flock >/dev/null 2>&1 && (: >>"$root/.venv.lock") 2>/dev/null; then
     exec 9>>"$root/.venv.lock"
-    flock 9
+    flock 9 || say "$root has no file locks; run this on one node first"
 fi
 
 if ! "$venv/bin/python" -c '' >/dev/null 2>&1; then

@@ -19,7 +19,7 @@ from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.launch_environment import ranks_per_node
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.moe import MoE, SwiGLU
-from ds_remoe.moe.budget import PairBudget
+from ds_remoe.moe.budget import ActivationBudget
 from ds_remoe.moe.dispatch import node_groups, wire
 from ds_remoe.moe.dispatch.nodes import split_by_node
 
@@ -208,7 +208,7 @@ def check_rows_sent_again() -> list[str]:
             layer.zero_grad()
             x = make_tokens(torch.float32)
             x.data[:, 0] = 0.05  # about half of the pairs are active
-            budget = PairBudget(everything, everything, everything, rows_per_token=rows_per_token)
+            budget = ActivationBudget(everything, everything, everything, rows_per_token=rows_per_token)
             kept: set[int] = set()
 
             def note(tensor: Tensor, kept: set[int] = kept) -> Tensor:
@@ -245,7 +245,7 @@ def check_group_agrees() -> list[str]:
             rows = mask_TE.unflatten(1, (RANKS, -1)).any(dim=-1).sum()
             both = torch.tensor([int(rows), tokens], dtype=torch.float64)
             dist.all_reduce(both)
-            budget = PairBudget(10**6, 10**6, 10**6, rows_per_token=100.0)
+            budget = ActivationBudget(10**6, 10**6, 10**6, rows_per_token=100.0)
             layer(x, budget=budget)
             expected = 100.0 - float(both[0]) / max(float(both[1]), 1.0)
             if budget.rows_per_token != expected:

@@ -18,7 +18,7 @@ from ds_remoe.kernels.backend import kernels_wanted
 from ds_remoe.kernels.pair_groups import PairGroups
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.moe import MoE, SwiGLU
-from ds_remoe.moe.budget import MIN_CHUNK_PAIRS, PairBudget, plan_chunks
+from ds_remoe.moe.budget import MIN_CHUNK_PAIRS, ActivationBudget, expected_rows, plan_chunks, settled_rows
 from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
 from ds_remoe.moe.dispatch import Dispatched
 from ds_remoe.moe.experts import ModuleExperts
@@ -35,9 +35,9 @@ COUNTS = {
 BUDGETS = {"tiny": (1, 1), "chunk only": (4, 4), "medium": (12, 5), "one short": (21, 20), "none": None}
 
 
-def new_budget(sizes: tuple[int, int] | None) -> PairBudget | None:
+def new_budget(sizes: tuple[int, int] | None) -> ActivationBudget | None:
     """Of one layer: how many pairs, and how many in a chunk."""
-    return None if sizes is None else PairBudget(sizes[0], *sizes)
+    return None if sizes is None else ActivationBudget(sizes[0], *sizes)
 
 
 @given(
@@ -79,7 +79,7 @@ def test_layers_share_a_budget_and_recompute_no_more_than_apart(
     layers: list[list[int]], sizes: tuple[int, int]
 ) -> None:
     call, chunk_pairs = sizes
-    shared = PairBudget(len(layers) * call, call, chunk_pairs, len(layers))
+    shared = ActivationBudget(len(layers) * call, call, chunk_pairs, len(layers))
     kept = 0
     for counts in layers:
         chunks = shared.plan(counts)
@@ -95,10 +95,23 @@ def test_layers_share_a_budget_and_recompute_no_more_than_apart(
 
 
 def test_sizes_of_a_budget() -> None:
-    assert PairBudget.of(1.25, 4096) == PairBudget(5120, 5120, 1024)
-    assert PairBudget.of(0.25, 4096) == PairBudget(1024, 1024, 1024)
-    assert PairBudget.of(1.25, 1) == PairBudget(MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS)
-    assert PairBudget.of(1.25, 4096, layers=3) == PairBudget(15360, 5120, 1024, 3)
+    assert ActivationBudget.of(1.25, 4096) == ActivationBudget(5120, 5120, 1024)
+    assert ActivationBudget.of(0.25, 4096) == ActivationBudget(1024, 1024, 1024)
+    assert ActivationBudget.of(1.25, 1) == ActivationBudget(MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS, MIN_CHUNK_PAIRS)
+    assert ActivationBudget.of(1.25, 4096, layers=3) == ActivationBudget(15360, 5120, 1024, 3)
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 12), st.integers(1, 6))
+def test_a_settled_router_and_a_full_budget_keep_their_rows(ep: int, local: int, k: int, layers: int) -> None:
+    """At the default budget with exactly k experts a token on the ranks that most need; at E/k also the dense stage."""
+    experts, k = ep * local, min(k, ep * local)
+    settled = settled_rows(k, experts, ep)
+    assert expected_rows(k / experts, experts, ep) <= settled * (1 + 1e-9)
+    assert settled <= min(k, ep) * (1 + 1e-9)
+    budget = ActivationBudget.of(1.25, k * 64, layers, settled)
+    assert all(budget.keep_rows(settled) for _ in range(layers))
+    full = ActivationBudget.of(experts / k, k * 64, layers, settled)
+    assert all(full.keep_rows(ep) for _ in range(layers))
 
 
 def make_case(counts: list[int]) -> tuple[dict[str, Tensor], PairGroups]:

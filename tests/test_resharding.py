@@ -314,6 +314,7 @@ def test_other_ranks_continue_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("DS_REMOE_SLOW" not in os.environ, reason="slow, 324 runs: set DS_REMOE_SLOW=1")
+@pytest.mark.timeout(7200)
 def test_every_pair_of_topologies(tmp_path: Path) -> None:
     """DS_REMOE_OUTPUT names a results file to write."""
     found = worst_pair(tmp_path, CUTS, CUTS, steps=20)

@@ -80,9 +80,9 @@ class MoEConfig(Section):
     activation_budget: float | None = Field(default=1.25, ge=0.25)
     """Experts' pre-activations that exist at a time, as a multiple of k*G pairs a token and MoE layer, which the layers
     share (under activation_checkpointing each has its own); those of the pairs beyond it (the dense stage) are
-    recomputed in backward, at 2/9 of such a pair's FLOPs. With ep_size > 1 the rows that a rank receives have such a
-    budget, too; those of a layer beyond it are sent again in backward, one exchange more. null in the file keeps all,
-    as does a number from num_experts/k up."""
+    recomputed in backward, at 2/9 of such a pair's FLOPs. With ep_size > 1 the rows that ranks receive have such a
+    budget, too, in the mean of an expert-parallel group; those of a layer beyond it are sent again in backward, one
+    exchange more. null in the file keeps all, as does a number from num_experts/k up."""
 
     wire_dtype: Literal["auto", "bf16"] = "auto"
     """In which tokens, results and their gradients cross from rank to rank: as they are, or rounded to bf16 while an

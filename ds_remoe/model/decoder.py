@@ -13,7 +13,7 @@ from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.kernels.rms_norm import rms_norm
 from ds_remoe.model.attention import Attention, KVCache, LayerCache, Rope, rope_tables
 from ds_remoe.model.init import init_weights
-from ds_remoe.moe.budget import PairBudget, expected_rows
+from ds_remoe.moe.budget import ActivationBudget, settled_rows
 from ds_remoe.moe.experts import SwiGLU
 from ds_remoe.moe.layer import MoE
 
@@ -86,7 +86,7 @@ class DecoderLayer(nn.Module):
             self.shared_mlp = SwiGLU(model.hidden_size, moe.num_shared_experts * width)
 
     def forward(
-        self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None, budget: PairBudget | None = None
+        self, x_BSD: Tensor, rope: Rope, cache: LayerCache | None, budget: ActivationBudget | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states [B, S, D] and the auxiliary loss, None for a dense layer.
 
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         return LMOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
 
     def _run(
-        self, layer: nn.Module, x_BSD: Tensor, rope: Rope, cache: LayerCache | None, budget: PairBudget | None
+        self, layer: nn.Module, x_BSD: Tensor, rope: Rope, cache: LayerCache | None, budget: ActivationBudget | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self._checkpoints():
             return layer(x_BSD, rope, cache, budget)
@@ -183,14 +183,14 @@ class Decoder(nn.Module):
     def _checkpoints(self) -> bool:
         return self.model_config.activation_checkpointing and self.training and torch.is_grad_enabled()
 
-    def _shared_budget(self, tokens: int) -> PairBudget | None:
+    def _shared_budget(self, tokens: int) -> ActivationBudget | None:
         """One budget for the layers whose activations are alive together; under checkpointing each has its own."""
         moe = self.moe_config
         layers = sum(isinstance(layer.mlp, MoE) for layer in self.layers)
         if moe.activation_budget is None or not layers or not torch.is_grad_enabled() or self._checkpoints():
             return None
-        rows = expected_rows(moe.active_experts / moe.total_experts, moe.total_experts, moe.ep_size)
-        return PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers, rows)
+        rows = settled_rows(moe.active_experts, moe.total_experts, moe.ep_size)
+        return ActivationBudget.of(moe.activation_budget, moe.active_experts * tokens, layers, rows)
 
     def _check(self, tokens_BS: Tensor, labels_BS: Tensor | None, cache: KVCache | None, start: int) -> None:
         _check_ids("tokens_BS", tokens_BS)

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 MIN_CHUNK_PAIRS = 128
 # Beyond the budget no more than this share of the expected pairs goes through at once, so a budget holds that at least.
 LEAST_BUDGET = 0.25
+_ROUNDING = 1e-9  # a budget of exactly what comes has room for it
 
 
 @dataclass
-class PairBudget:
+class ActivationBudget:
     """What one micro-batch may keep on one rank; a forward pass takes from it, so each needs a new one.
 
     Attributes:
@@ -46,14 +47,14 @@ class PairBudget:
     @classmethod
     def of(
         cls, activation_budget: float, expected_pairs: int, layers: int = 1, expected_rows: float = math.inf
-    ) -> PairBudget:
+    ) -> ActivationBudget:
         """The budget of some layers, with chunks large enough to keep the kernels busy.
 
         Args:
             activation_budget: multiple of the expected pairs, and of the expected rows.
             expected_pairs: k·T, the pairs of a layer and rank once the sparsity has settled.
             layers: that share it.
-            expected_rows: rows that a token then becomes in a layer, see `expected_rows`; without expert parallelism
+            expected_rows: rows that a token then becomes in a layer, see `settled_rows`; without expert parallelism
                 there are none to keep.
         """
         chunk = max(int(LEAST_BUDGET * expected_pairs), MIN_CHUNK_PAIRS)
@@ -62,7 +63,7 @@ class PairBudget:
 
     def keep_rows(self, rows_per_token: float) -> bool:
         """Keep a layer's rows, all or none: True where there is room. The same on all ranks of a group."""
-        fits = rows_per_token <= self.rows_per_token
+        fits = rows_per_token <= self.rows_per_token * (1 + _ROUNDING)
         self.rows_per_token -= rows_per_token if fits else 0.0
         return fits
 
@@ -116,14 +117,23 @@ def expected_rows(density: float, num_experts: int, ep_size: int) -> float:
     """Rows that a token becomes in a layer: the ranks that it needs, its experts taken as independent.
 
     Args:
-        density: share of all (token, expert) pairs that are active, k/E once the sparsity has settled.
+        density: share of all (token, expert) pairs that are active.
         num_experts: E, in equal shares on the ranks.
         ep_size: ranks.
     """
     return ep_size * (1.0 - (1.0 - density) ** (num_experts // ep_size))
 
 
-def plan_chunks(counts_L: Sequence[int], budget: PairBudget | None) -> list[Chunk]:
+def settled_rows(k: int, num_experts: int, ep_size: int) -> float:
+    """Rows that a token becomes once the sparsity has settled, with k active experts a token.
+
+    Where each token has exactly k it needs more ranks than where k is the mean, so that is what is counted on.
+    """
+    elsewhere = math.comb(num_experts - num_experts // ep_size, k) / math.comb(num_experts, k)
+    return ep_size * (1.0 - elsewhere)
+
+
+def plan_chunks(counts_L: Sequence[int], budget: ActivationBudget | None) -> list[Chunk]:
     """`budget.plan`; without a budget all pairs in one chunk, kept."""
     if budget is not None:
         return budget.plan(counts_L)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import grouped_swiglu
 from ds_remoe.kernels.pair_groups import PairGroups
-from ds_remoe.moe.budget import Chunk, PairBudget, plan_chunks
+from ds_remoe.moe.budget import ActivationBudget, Chunk, plan_chunks
 from ds_remoe.moe.dispatch import ExchangePlan, send_again
 
 
@@ -20,7 +20,7 @@ def budgeted_swiglu(
     gate_up: Tensor,
     down: Tensor,
     num_out_rows: int,
-    budget: PairBudget | None,
+    budget: ActivationBudget | None,
     resend: ExchangePlan | None = None,
 ) -> Tensor:
     """Σ of w · FFN_e(rows[in]) over the pairs of each result row; an expert without pairs has zero gradients.

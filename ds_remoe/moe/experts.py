@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_remoe.kernels.pair_groups import PairGroups
-from ds_remoe.moe.budget import PairBudget
+from ds_remoe.moe.budget import ActivationBudget
 from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu, sum_dtype
 from ds_remoe.moe.dispatch import Dispatched
 
@@ -71,7 +71,7 @@ class StackedSwiGLU(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * ffn_hidden_size, hidden_size, **kwargs))
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_hidden_size, **kwargs))
 
-    def forward(self, dispatched: Dispatched, budget: PairBudget | None = None) -> Tensor:
+    def forward(self, dispatched: Dispatched, budget: ActivationBudget | None = None) -> Tensor:
         """Σ over the active local experts of w · FFN_e(x), for each result row: [num_out_rows, D].
 
         Args:
@@ -169,7 +169,7 @@ class ModuleExperts(nn.ModuleList):
     def __init__(self, expert: nn.Module, num_local_experts: int) -> None:
         super().__init__(copy.deepcopy(expert) for _ in range(num_local_experts))
 
-    def forward(self, dispatched: Dispatched, budget: PairBudget | None = None) -> Tensor:
+    def forward(self, dispatched: Dispatched, budget: ActivationBudget | None = None) -> Tensor:
         """Σ over the active local experts of w · expert_e(x), for each result row: [num_out_rows, D].
 
         Args:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
-from ds_remoe.moe.budget import LEAST_BUDGET, PairBudget, expected_rows
+from ds_remoe.moe.budget import LEAST_BUDGET, ActivationBudget, settled_rows
 from ds_remoe.moe.dispatch import NodeGroups, combine, node_groups, start_dispatch
 from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, Router, TopKRouter
@@ -151,7 +151,7 @@ class MoE(DeepSpeedMoE):
         used_token: Tensor | None = None,
         *,
         shared_expert: Callable[[Tensor], Tensor] | None = None,
-        budget: PairBudget | None = None,
+        budget: ActivationBudget | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pass tokens through their active experts.
 
@@ -160,8 +160,8 @@ class MoE(DeepSpeedMoE):
             used_token: one entry a token; where zero, the token passes no expert.
             shared_expert: [..., D] → [..., D], for every token; its result is added to the output. It is computed while
                 tokens are on their way between ranks, and its backward while their gradients are.
-            budget: what this layer's experts take their pre-activations from in place of activation_budget, for layers
-                that share one in a forward pass.
+            budget: what this layer's experts take their pre-activations and rows from in place of activation_budget,
+                for layers that share one in a forward pass.
 
         Returns:
             output [..., D]; l_aux, the layer's share of the auxiliary loss, coefficient included (fp32 scalar): add
@@ -224,7 +224,7 @@ class RoutedExperts(nn.Module):
         hidden_states: Tensor,
         used_token: Tensor | None = None,
         meanwhile: Callable[[], None] | None = None,
-        budget: PairBudget | None = None,
+        budget: ActivationBudget | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] → (output [..., D], auxiliary loss, counts [E]); `meanwhile` runs while tokens are on their way."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -243,13 +243,13 @@ class RoutedExperts(nn.Module):
         output = combine(out_MD, dispatched.plan, x_TD.shape[0])
         return output.view(hidden_states.shape), aux_loss, routing.counts_E
 
-    def _own_budget(self, routing: Routing) -> PairBudget | None:
+    def _own_budget(self, routing: Routing) -> ActivationBudget | None:
         if self.activation_budget is None:
             return None
         tokens, num_experts = routing.mask_TE.shape
-        rows = expected_rows(self.gate.k / num_experts, num_experts, num_experts // self.experts.num_local_experts)
+        rows = settled_rows(self.gate.k, num_experts, num_experts // self.experts.num_local_experts)
         # With expert parallelism each rank has as many tokens as this one, so k·T pairs are an even share.
-        return PairBudget.of(self.activation_budget, self.gate.k * tokens, expected_rows=rows)
+        return ActivationBudget.of(self.activation_budget, self.gate.k * tokens, expected_rows=rows)
 
 
 class Experts(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
-from ds_remoe.moe.budget import PairBudget, expected_rows
+from ds_remoe.moe.budget import ActivationBudget, expected_rows, settled_rows
 from ds_remoe.planning.hardware import Dtype
 from ds_remoe.planning.sizes import moe_layers
 
@@ -59,8 +59,8 @@ class Load:
         kept, largest, kept_layers = pairs, pairs / local if is_cpu else pairs, 1.0
         if moe.activation_budget is not None:
             layers = 1 if model is None or model.activation_checkpointing else max(1, moe_layers(model, moe))
-            settled = expected_rows(moe.active_experts / moe.total_experts, moe.total_experts, moe.ep_size)
-            budget = PairBudget.of(moe.activation_budget, moe.active_experts * tokens, layers, settled)
+            settled = settled_rows(moe.active_experts, moe.total_experts, moe.ep_size)
+            budget = ActivationBudget.of(moe.activation_budget, moe.active_experts * tokens, layers, settled)
             kept_layers = sum(budget.keep_rows(rows) for _ in range(layers)) / layers
             if pairs > budget.call:
                 kept, largest = (budget.pairs - budget.chunk) / layers, min(largest, budget.chunk)
@@ -76,6 +76,11 @@ class Load:
     def resent_rows_to_rank(self) -> float:
         """Rows of rows_to_rank that are sent again in backward, the mean of a model's layers."""
         return self.rows_to_rank - self.kept_rows_to_rank
+
+    @property
+    def resent_share(self) -> float:
+        """The share of a model's layers whose rows are sent again."""
+        return self.resent_rows_to_rank / self.rows_to_rank if self.rows_to_rank else 0.0
 
 
 @dataclass(frozen=True)

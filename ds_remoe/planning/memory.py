@@ -107,7 +107,7 @@ class Memory:
 
 
 def exchange_buffers(moe: MoEConfig, hidden_size: int, load: Load, item: int) -> float:
-    """Send and receive buffers of one all-to-all; a layer's received rows are kept and counted as activations."""
+    """Send and receive buffers of one all-to-all; received rows that are kept count as activations."""
     if moe.router == "dense" or moe.ep_size == 1:
         return 0.0
     return 2 * moe.ep_size * load.rows_to_rank * hidden_size * item

@@ -127,7 +127,7 @@ def flows(
         calls = layers * settings.accumulation
         group = Group.of(cluster, moe.ep_size)
         share = _crossing_share(moe, load, group) if moe.hierarchical_all_to_all else 1.0
-        launched = calls * (3 * passes + 2)
+        launched = round(calls * (3 * passes + 2 + load.resent_share))
         found.append(Flow("tokens to experts", "all-to-all", group, each * calls, launched, far_share=share))
     reductions = settings.accumulation if settings.stage == 2 else 1
     for name, is_expert in (("dense", False), ("expert", True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -47,7 +48,7 @@ def agreed(action: Callable[[], Result]) -> Result:
         results.append(action())
     except Exception as error:
         failure = error
-    for failed in gathered(failure):
+    for failed in gathered(_portable(failure)):
         if failed is not None:
             raise failed
     return results[0]
@@ -62,3 +63,12 @@ def shared_out(items: Sequence[Item], action: Callable[[Item], Result]) -> list[
     rank, world_size = dist.get_rank(), dist.get_world_size()
     parts = gathered(agreed(lambda: [action(item) for item in items[rank::world_size]]))
     return [parts[index % world_size][index // world_size] for index in range(len(items))]
+
+
+def _portable(failure: Exception | None) -> Exception | None:
+    """The exception, or what can be said of one that cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:
+        return RuntimeError(f"{type(failure).__name__}: {failure}")
+    return failure

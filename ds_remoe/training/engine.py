@@ -95,10 +95,11 @@ def initialize(
     `load_checkpoint` carry λ and its history (also with load_module_only, as the weights belong to that λ). At ZeRO
     stage 0 it also puts gradient clipping right for experts, and scales the loss of fp16, which DeepSpeed forgets.
 
-    `engine.load_checkpoint`, which every rank calls, reads files as values (tensors, NumPy arrays, numbers, texts,
-    lists, dicts and what DeepSpeed itself saves), so that no code in them runs, at ZeRO stage 3 and from universal
+    `engine.load_checkpoint`, which every rank calls, reads files as values (tensors, numbers, texts, lists, tuples,
+    dicts, sets and what DeepSpeed itself saves), so that no code in them runs, at ZeRO stage 3 and from universal
     checkpoints, too. Files with anything else are refused on all ranks before the engine changes, with an
-    `UnsafeFileError` that names them: objects of your own in `client_state`, and DataStates' format.
+    `UnsafeFileError` that names it: objects of your own in `client_state`, DataStates' format, and NumPy arrays, whose
+    pickles can hold addresses: put `torch.from_numpy` of them there.
 
     Args:
         trust_checkpoints: let `engine.load_checkpoint` run the code that files name, as DeepSpeed does; for

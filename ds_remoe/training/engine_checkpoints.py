@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from ds_remoe.deepspeed_checkpoint_io import (
+    DamagedFileError,
     Reader,
     UnsafeFileError,
     examine,
@@ -90,7 +91,7 @@ def tie_checkpoints(
                 custom_load_fn,
             )
             if others is not None:
-                restore_optimizer(engine, others)
+                agreed(functools.partial(restore_optimizer, engine, others))
         saved = {key: client_state.pop(key, None) for key in carried} if client_state is not None else {}
         for key, part in carried.items():
             if saved.get(key) is not None and not load_module_only:
@@ -123,23 +124,32 @@ def _values_only(engine: Any, checkpoint: Path | None, everything: bool) -> Iter
     """Look at the files before anything of the engine changes, then hold DeepSpeed to reading values.
 
     Raises:
-        UnsafeFileError: on all ranks, where any of them found a file that would run code.
+        UnsafeFileError: on all ranks, where any of them found a file that would run code, or (DamagedFileError) that
+            cannot be read.
     """
-    found = gathered([] if checkpoint is None else _refused_files(engine, checkpoint, everything))
-    refused = sorted({line for lines in found for line in lines})
+    found = gathered(agreed(lambda: [] if checkpoint is None else _refused_files(engine, checkpoint, everything)))
+    refused = {str(error): error for errors in found for error in errors}
+    damaged = sorted(text for text, error in refused.items() if isinstance(error, DamagedFileError))
+    if damaged:
+        listing = "\n  ".join(damaged)
+        raise DamagedFileError(
+            f"{checkpoint}: nothing was loaded, as files are damaged; take another checkpoint:\n  {listing}"
+        )
     if refused:
-        listing = "\n  ".join(refused)
+        listing = "\n  ".join(sorted(refused))
         raise UnsafeFileError(
             f"{checkpoint}: nothing was loaded, as files hold more than values:\n  {listing}\n{_REMEDY}"
         )
     try:
         with loading_values_only(engine):
             yield
+    except DamagedFileError:
+        raise
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{checkpoint}: {error}\n{_REMEDY}") from error
 
 
-def _refused_files(engine: Any, checkpoint: Path, everything: bool) -> list[str]:
+def _refused_files(engine: Any, checkpoint: Path, everything: bool) -> list[UnsafeFileError]:
     """What `examine` says of this rank's share of the files that DeepSpeed can read; all where nodes have their own."""
     universal = engine.load_universal_checkpoint()
     files = sorted(checkpoint.rglob("*.pt") if universal else checkpoint.glob("*_states.pt"))
@@ -151,7 +161,7 @@ def _refused_files(engine: Any, checkpoint: Path, everything: bool) -> list[str]
     for path in files:
         with contextlib.suppress(OSError):  # the load will say so
             refused.append(examine(path))
-    return [line for line in refused if line is not None]
+    return [error for error in refused if error is not None]
 
 
 def _is_resharded(engine: Any) -> bool:
@@ -159,4 +169,6 @@ def _is_resharded(engine: Any) -> bool:
     if engine.optimizer is None or engine.mpu is not None:
         return False
     # Laid out otherwise; neither exists for native MoE layers.
-    return not (engine.zero_optimization_stage() == _STAGE_3 or engine.load_universal_checkpoint())
+    if engine.zero_optimization_stage() == _STAGE_3 or engine.load_universal_checkpoint():
+        return False
+    return not engine.use_node_local_storage()  # where no rank can read what another node has saved
