@@ -256,6 +256,11 @@ def test_an_export_is_read_without_the_wire_that_it_was_trained_with(
     manifest.identity.moe.update(wire_dtype="bf16", hierarchical_all_to_all=True)
     export(checkpoint, manifest, tmp_path / "export", "fp32")
     load_exported(tmp_path / "export")
+    described = (tmp_path / "export" / "config.json").read_text()
+    for foreign in (described.replace('"vocab_size"', '"words"'), described.replace('"fp32"', '"int4"'), "[]", "{"):
+        (tmp_path / "export" / "config.json").write_text(foreign)
+        with pytest.raises(ValueError, match=r"config\.json: not of a model of this release .*export it again"):
+            load_exported(tmp_path / "export")
 
 
 def load_module_experts(folder: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
@@ -20,6 +19,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model{suffix}.safetensors"
 """Name of a shard, as huggingface_hub fills it in."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EXPERT = re.compile(r"(.+\.deepspeed_experts)\.(\d+)\.(.+)")
 
 
@@ -40,16 +40,16 @@ def load_exported(
         ValueError: the export is not of this release's model; or ep_size does not divide the number of experts.
     """
     folder = Path(folder)
-    described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        vocab_size, exported_in = int(described["vocab_size"]), _DTYPES[described["dtype"]]
         model = ModelConfig.model_validate(described["model"])
         # Without expert parallelism there is no wire; the layers refuse its settings then.
         wire = {} if ep_size > 1 else {"wire_dtype": "auto", "hierarchical_all_to_all": False}
         moe = MoEConfig.model_validate({**described["moe"], **wire, "ep_size": ep_size})
-    except (KeyError, ValidationError) as error:
-        raise ValueError(f"{folder / CONFIG}: not of a model of this release ({error})") from error
-    exported_in = {"fp32": torch.float32, "bf16": torch.bfloat16}[described["dtype"]]
-    decoder = Decoder(model, moe, described["vocab_size"], seed=0).to(device, dtype or exported_in)
+    except (KeyError, TypeError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
+        raise ValueError(f"{folder / CONFIG}: not of a model of this release ({error!r}); export it again") from error
+    decoder = Decoder(model, moe, vocab_size, seed=0).to(device, dtype or exported_in)
     first = launched_rank() % ep_size * (moe.total_experts // ep_size)
     read_weights(decoder, folder, first)
     return decoder
