@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def environment() -> dict[str, str]:
 def write_config(root: Path) -> Path:
     config = run_config(root / "run", root / "data")
     config["remoe"]["model"] |= {"hidden_size": HIDDEN, "seq_length": SEQUENCE, "init_std": 0.05}
+    config["remoe"]["moe"]["activation_budget"] = None  # in the dense stage rows would be sent again
     config["remoe"]["logging"] = {}
     path = root / "config.json"
     path.write_text(json.dumps(config))
@@ -63,11 +64,15 @@ def on_one_host(folder: Path, config: Path, ranks: int, ep_size: int) -> list[Ro
     return results(folder, ranks)
 
 
-def on_hosts(hosts: Cluster, folder: Path, config: Path, launcher: str, ep_size: int) -> list[Rows]:
+def on_hosts(
+    hosts: Cluster, folder: Path, config: Path, launcher: str, ep_size: int, ranks_per_host: int = 1
+) -> list[Rows]:
     """Start the ranks with deepspeed: from node0 through pdsh, or a task on each host as a scheduler does."""
     folder.mkdir()
     program = [str(RANK), str(config), str(ep_size), str(folder)]
-    command = [f"{BIN}/deepspeed", "--hostfile", str(hosts.hostfile)]
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"node{host} slots={ranks_per_host}\n" for host in range(hosts.size)))
+    command = [f"{BIN}/deepspeed", "--hostfile", str(hostfile)]
     variables = environment()
     if launcher == "pdsh":
         forwarded = folder / "environment"
@@ -80,7 +85,7 @@ def on_hosts(hosts: Cluster, folder: Path, config: Path, launcher: str, ep_size:
             hosts.start(host, [*command, "--node_rank", str(host), *program], variables) for host in range(hosts.size)
         ]
     wait_for(processes)
-    return results(folder, hosts.size)
+    return results(folder, hosts.size * ranks_per_host)
 
 
 def check_losses(got: list[Rows], expected: list[Rows]) -> None:
@@ -179,3 +184,41 @@ def test_hosts_train_as_one_host_does(
             "losses_equal_one_host": True,
             "wire": check_wire(got, ep_size),
         }
+
+
+@slow
+def test_a_token_crosses_once_to_another_host_with_two_ranks(hosts: Cluster, config: Path, tmp_path: Path) -> None:
+    """hierarchical_all_to_all: the losses of the flat exchange, and the bytes of one row for each (token, host)."""
+    if hosts.size != 2:
+        pytest.skip("for two hosts")
+    content = json.loads(config.read_text())
+    content["remoe"]["moe"]["hierarchical_all_to_all"] = True
+    hierarchical = tmp_path / "hierarchical.json"
+    hierarchical.write_text(json.dumps(content))
+    flat, once = (
+        on_hosts(hosts, tmp_path / name, path, "no_ssh", 4, ranks_per_host=2)
+        for name, path in (("flat", config), ("once", hierarchical))
+    )
+    for stage in (1, 2):
+        for rank in range(4):
+            losses = [[loss for row in run[rank][stage] for loss in row["losses"]] for run in (flat, once)]
+            assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        for index, rows in enumerate(zip(*(own[stage] for own in once), strict=True)):
+            for host in range(2):
+                least_here = least_to_the_other_host(rows, host)
+                sent, sent_flat = (run[2 * host][stage][index]["forward"] for run in (once, flat))
+                where = f"ZeRO-{stage}, {index=}, {host=}: {sent=} {sent_flat=} {least_here=}"
+                assert 0.99 * least_here <= sent <= 1.08 * least_here, where
+                assert sent < sent_flat, where
+
+
+def least_to_the_other_host(rows_R: Sequence[dict[str, Any]], host: int) -> int:
+    """What a host of two ranks must send forward: its tokens, with masks and weights, and the others' results."""
+    total = 0
+    for rank, row in enumerate(rows_R):
+        for mask_TE in row["masks"]:
+            is_ours = rank // 2 == host
+            wanted_TL = mask_TE.chunk(2, dim=1)[1 - host if is_ours else host]
+            rows, pairs = int(wanted_TL.any(dim=1).sum()), int(wanted_TL.sum())
+            total += rows * 4 * HIDDEN + (rows * ((wanted_TL.shape[1] + 7) // 8) + 4 * pairs if is_ours else 0)
+    return total
