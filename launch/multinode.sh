@@ -18,7 +18,8 @@
 #                       hang or go wrong; with --no_ssh there is none
 #
 # SIGTERM or SIGINT to this script, to deepspeed or to a rank: all ranks save, and the exit code is 0. Other exit codes:
-# 2 for a configuration, checkpoint or data that cannot be used, 1 for a failure. To restart after a failure:
+# 2 for a configuration, checkpoint or data that cannot be used, 3 where a rank hangs or is gone (launch/faults.md), 1 for
+# another failure. To restart after a failure:
 #   ds-remoe supervise -- bash launch/multinode.sh ...
 #
 # What it needs on every node: this repository at this same path with the same .venv (a shared file system, or a clone

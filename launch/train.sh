@@ -2,7 +2,8 @@
 # Train on the ranks of this machine: bash launch/train.sh RANKS --config FILE [--set path=value ...] [--resume ...]
 #
 # SIGTERM or SIGINT to this script, to the launcher or to a rank: all ranks save, and the exit code is 0. Other exit
-# codes: 2 for a configuration, checkpoint or data that cannot be used, 1 for a failure.
+# codes: 2 for a configuration, checkpoint or data that cannot be used, 3 where a rank hangs or is gone (launch/faults.md),
+# 1 for another failure.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
