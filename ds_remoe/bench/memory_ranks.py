@@ -28,7 +28,7 @@ def measure_on_ranks(sizes: Sizes, kinds: Sequence[str], densities: Sequence[flo
     Raises:
         RuntimeError: a rank failed.
     """
-    given: dict[str, Any] = asdict(replace(sizes, model=None, moe=None, dtype=None, device=None))  # type: ignore[arg-type]
+    given: dict[str, Any] = {"vocab_size": sizes.vocab_size, "micro_batch": sizes.micro_batch}
     given |= {"model": sizes.model.model_dump(), "moe": sizes.moe.model_dump()}
     given["dtype"] = str(sizes.dtype).removeprefix("torch.")
     request = {"sizes": given, "kinds": list(kinds), "densities": list(densities)}
