@@ -24,7 +24,7 @@ elif ((gpus < ranks)) && [[ "${DS_ACCELERATOR:-}" != cpu ]]; then
     exit 2
 fi
 if [[ -z "${PYTHON_DS_REMOE_RUN:-}" && "$(uname -s)" == Linux ]]; then
-    # DeepSpeed's launcher alone dies of SIGTERM and leaves its ranks behind.
+    # DeepSpeed's launcher alone dies of SIGTERM before its ranks have saved.
     exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash launch/train.sh "$ranks" "$@"
 fi
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}

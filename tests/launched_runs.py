@@ -18,8 +18,6 @@ from forked_ranks import fork_ranks
 from ranks import free_port
 from test_resume import SAVE_EVERY, Run
 
-from ds_remoe.launching.processes import TOKEN_VARIABLE
-
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 STEPS = 60  # so many that a signal comes before the end on a fast machine, too
@@ -71,14 +69,14 @@ class Session:
         assert self.process.poll() is None, self.process.communicate()[0][-5000:]
 
     def find(self, part: str) -> list[psutil.Process]:
-        """The run's processes with `part` in an argument."""
+        """The run's processes, other than the command itself, with `part` in an argument."""
         found = []
         for process in psutil.process_iter():
             try:
-                line, variables = process.cmdline(), process.environ()
+                line = process.cmdline()
             except psutil.Error:
                 continue
-            if TOKEN_VARIABLE in variables and any(str(self.folder) in text for text in line):
+            if process.pid != self.process.pid and any(str(self.folder) in text for text in line):
                 found += [process] if any(part in text for text in line) else []
         return found
 
@@ -155,18 +153,14 @@ def train_to_the_end(config: str) -> None:
     assert Trainer(run, torch.device("cpu")).train().step == STEPS
 
 
-def undisturbed_run(factory: pytest.TempPathFactory) -> RealRun:
-    """One that was left alone, on this host and without a launcher; the same for all tests of a session."""
-    root = factory.getbasetemp() / "runs-of-two-ranks"
-    root.mkdir(exist_ok=True)
-    run = RealRun(root / "undisturbed", root / "data")
-    if len(run.lines()) < STEPS:
-        run.train_to_the_end()
-    return run
+def saved_once(session: Session) -> None:
+    """It has saved its last step, before it was done, and no other checkpoint that was not due."""
+    assert session.steps() < STEPS, "the signal came too late to prove anything"
+    assert session.saved()[-1] == f"step{session.steps():08d}"
+    assert [tag for tag in session.saved()[:-1] if int(tag.removeprefix("step")) % SAVE_EVERY] == []
 
 
 def stopped_once(session: Session) -> None:
-    """It ended well, and of all its checkpoints the last alone was not due."""
+    """Its supervisor ended well, and it saved once."""
     assert "supervise: stopped by " in session.end()
-    assert session.steps() < STEPS, "the signal came too late to prove anything"
-    assert [tag for tag in session.saved()[:-1] if int(tag.removeprefix("step")) % SAVE_EVERY] == []
+    saved_once(session)

@@ -21,9 +21,10 @@ from launched_runs import (
     Session,
     environment,
     needs_venv,
+    saved_once,
     slow,
     stopped_once,
-    undisturbed_run,
+    wait_until,
 )
 
 NO_SSH = why_not((*TOOLS, *SSH_TOOLS))
@@ -47,16 +48,6 @@ class HostSession(Session):
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("hosts") / "cluster", 2, ssh=True) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RealRun:
-    return undisturbed_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(undisturbed: RealRun, request: pytest.FixtureRequest) -> RealRun:
-    return undisturbed.sibling(request.node.name)
 
 
 def script(hostfile: Path, config: Path) -> list[str]:
@@ -180,6 +171,24 @@ def test_sigterm_to_any_process_of_a_pdsh_run_saves_once(part: str, hosts: Clust
     found = [process for process in session.find(part) if "ssh" not in process.name() and process.name() != "pdsh"]
     found[-1].terminate()
     stopped_once(session)
+
+
+@slow
+def test_sigterm_to_a_plain_deepspeed_that_runs_through_pdsh_saves_once(
+    hosts: Cluster, run: RealRun, tmp_path: Path
+) -> None:
+    """Nothing looks after it: it asks the ranks of all hosts itself, and its own code is 1."""
+    variables = tmp_path / "variables"
+    variables.write_text(f"PATH={environment()['PATH']}\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    launcher = [f"{BIN}/deepspeed", "--hostfile", str(hosts.hostfile), "--master_port", PORT]
+    command = [*launcher, "--module", "ds_remoe.train", "--config", str(run.config)]
+    session = HostSession(hosts, ["env", f"DS_ENV_FILE={variables}", *command], run.folder)
+    session.wait_for_steps(3)
+    session.terminate()
+    output, _ = session.process.communicate(timeout=120)
+    wait_until(lambda: session.find("") == [], "the end of the ranks", seconds=60)
+    saved_once(session)
+    assert session.process.returncode == 1, output[-5000:]
 
 
 @slow

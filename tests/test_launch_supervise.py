@@ -20,7 +20,6 @@ from launched_runs import (
     slow,
     stopped_once,
     supervised,
-    undisturbed_run,
     wait_until,
 )
 from ranks import free_port
@@ -57,16 +56,6 @@ def test_a_killed_supervisor_leaves_a_checkpoint_and_no_process(tmp_path: Path) 
     session.process.kill()
     wait_until(lambda: session.find("") == [], "the end of the killed supervisor's run", seconds=60)
     assert session.saved() == [f"step{session.steps():08d}"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RealRun:
-    return undisturbed_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(undisturbed: RealRun, request: pytest.FixtureRequest) -> RealRun:
-    return undisturbed.sibling(request.node.name)
 
 
 @needs_venv

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from launched_runs import STEPS, RealRun, Session, needs_venv, slow, stopped_once, undisturbed_run, wait_until
+from launched_runs import STEPS, RealRun, Session, needs_venv, slow, stopped_once, wait_until
 from slurm_cluster import Slurm, slurm, why_no_slurm
 
 pytestmark = [pytest.mark.skipif(why_no_slurm() is not None, reason=why_no_slurm() or ""), needs_venv, slow]
@@ -50,11 +50,6 @@ class Job(Session):
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     with slurm(tmp_path_factory.mktemp("slurm"), 3) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RealRun:
-    return undisturbed_run(tmp_path_factory)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def marked(token: str) -> list[MarkedProcess]:
             ranks[int(entry.name)] = environment.get("RANK") if "LOCAL_RANK" in environment else None
     return [
         # What a rank starts (wandb's service, for one) inherits its RANK.
-        MarkedProcess(pid, rank is not None and ranks.get(_parent(pid)) != rank)
+        MarkedProcess(pid, rank is not None and ranks.get(parent(pid)) != rank)
         for pid, rank in sorted(ranks.items())
     ]
 
@@ -110,12 +110,22 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(text.split("=", 1) for text in raw.decode(errors="replace").split("\0") if "=" in text)
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
+    """The pid of the process's parent; 0 where there is no such process."""
     try:
         stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return 0
     return int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+
+
+def command_line(pid: int) -> list[str]:
+    """The process's arguments, its program first; empty where there is no such process."""
+    try:
+        raw = (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return []
+    return raw.decode(errors="replace").split("\0")[:-1]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""A plain `deepspeed` command that nothing looks after: its ranks do, when it or its launcher is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from launched_runs import BIN, LAUNCHER, RealRun, Session, saved_once, slow, wait_until
+from ranks import free_port
+
+from ds_remoe.launching.processes import TOKEN_VARIABLE
+
+
+def bare(run: RealRun) -> Session:
+    launcher = [f"{BIN}/deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    return Session([*launcher, "--module", "ds_remoe.train", "--config", str(run.config)], run.folder)
+
+
+def ends_saved(session: Session, missing: str) -> None:
+    """It says why it ends, saves once and leaves no process."""
+    output, _ = session.process.communicate(timeout=120)  # its ranks hold the same pipe
+    wait_until(lambda: session.find("") == [], "the end of the launcher", seconds=10)
+    # Rank 1 may be the first to see it, and the run then ends before rank 0 has looked.
+    said = f"{missing} is gone: its ranks save and end" in output and "stopped by SIGTERM after step" in output
+    assert said or "stopped by a signal to another rank" in output, output[-5000:]
+    saved_once(session)
+
+
+def test_sigterm_to_deepspeed_saves_once_and_the_run_goes_on_as_undisturbed(run: RealRun, undisturbed: RealRun) -> None:
+    session = bare(run)
+    session.wait_for_steps(3)
+    session.terminate()
+    ends_saved(session, f"deepspeed (process {session.process.pid})")
+    run.train_to_the_end()
+    assert run.records() == undisturbed.records()
+
+
+@slow
+@pytest.mark.parametrize("part", ["deepspeed", LAUNCHER])
+def test_sigkill_to_deepspeed_or_its_launcher_saves_once(part: str, run: RealRun) -> None:
+    session = bare(run)
+    session.wait_for_steps(3)
+    launcher = session.find(LAUNCHER)[0]
+    (launcher if part == LAUNCHER else session.process).kill()
+    ends_saved(session, f"process {launcher.pid if part == LAUNCHER else session.process.pid})")
+
+
+def test_sigterm_to_the_launcher_of_the_node_saves_once(run: RealRun) -> None:
+    """It passes the signal on."""
+    session = bare(run)
+    session.wait_for_steps(3)
+    session.find(LAUNCHER)[0].terminate()
+    output, _ = session.process.communicate(timeout=120)
+    assert "stopped by " in output, output[-5000:]
+    assert session.find("") == []
+    saved_once(session)
+
+
+LEFT_BEHIND = """
+import time
+from ds_remoe.launching.launcher_watch import stop_without_launcher
+stop_without_launcher()
+time.sleep(2)
+print("left alone", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "output"),
+    [
+        (LAUNCHER, {}, ""),
+        ("another.launcher", {}, "left alone\n"),
+        (LAUNCHER, {TOKEN_VARIABLE: "supervised"}, "left alone\n"),
+    ],
+)
+def test_only_deepspeeds_launcher_without_a_supervisor_is_missed(
+    launcher: str, variables: dict[str, str], output: str
+) -> None:
+    start = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(1)"
+    done = subprocess.run(
+        [sys.executable, "-c", start, LEFT_BEHIND, launcher],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == output, done.stderr
