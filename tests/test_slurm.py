@@ -91,7 +91,7 @@ def test_scancel_leaves_a_checkpoint_and_no_process(cluster: Slurm, run: RealRun
     job.call("scancel")
     wait_until(lambda: job.find("") == [], "the end of the cancelled job's run")
     job.process.wait(60)
-    assert job.state()[0] == "CANCELLED"
+    wait_until(lambda: job.state()[0] == "CANCELLED", "the job to be cancelled", seconds=30)
     assert job.steps() < STEPS, "the signal came too late to prove anything"
     assert job.saved()[-1] == f"step{job.steps():08d}"
 
