@@ -24,7 +24,7 @@ from torch.utils import cpp_extension
 from ds_remoe.kernels.backend import kernels_wanted
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("grouped_swiglu_cpu.cpp", "decoder_cpu.cpp"))
-HEADER = Path(__file__).with_name("cpu_rows.h")
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 INSTRUCTION_SETS = {
     "AVX2": ["-mavx2", "-mfma", "-DCPU_CAPABILITY_AVX2", "-DCPU_CAPABILITY=AVX2"],
     "AVX512": [
@@ -74,7 +74,7 @@ def compiled_library() -> Path:
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", *_instruction_set()]
-    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
     key = hashlib.sha256("\0".join([*texts, torch.__version__, _version(compiler), *flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "ds_remoe"
     library = folder / f"cpu-{key}.so"

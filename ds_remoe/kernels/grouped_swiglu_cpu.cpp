@@ -1,69 +1,34 @@
 // Grouped SwiGLU on the CPU, fp32 and fp64: see ds_remoe/kernels/grouped_swiglu.py for what it computes.
 //
-// Every GEMM runs on one thread, as threads that share a small GEMM mostly wait for each other. Forward the pairs go
-// through in blocks of rows that stay in cache, whichever thread is free taking the next. Backward an expert's blocks
-// add to one weight gradient, so small experts run side by side, and an expert with a large share of the pairs alone,
-// its hidden units and then its rows divided among all threads. Each pair's result stands in a buffer of its own until
-// a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
+// Every GEMM runs on one thread, as threads that share a small GEMM mostly wait for each other; those of few rows are
+// our own (cpu_few_rows.h). Forward the pairs go through in blocks of rows that stay in cache, whichever thread is free
+// taking the next. Backward an expert's blocks add to one weight gradient, so small experts run side by side, and an
+// expert with a large share of the pairs alone, its hidden units and then its rows divided among all threads. Each
+// pair's result stands in a buffer of its own until a row's pairs are summed in the order of the experts, so the result
+// does not depend on which thread came first.
 
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include "cpu_few_rows.h"
 #include "cpu_rows.h"
+#include "cpu_swiglu.h"
 
 namespace {
 
 using namespace ds_remoe;
 
+constexpr int64_t kFewRows = 128;    // of a block, up to which our own GEMMs are the faster ones
 constexpr int64_t kLeastUnits = 32;  // hidden units that a thread takes of a wide expert
 
+// An expert for few rows; `down` may be null where only the up-projection is wanted.
 template <typename T>
-struct Activation {
-  using Vec = at::vec::Vectorized<T>;
-  static constexpr int64_t kLanes = Vec::size();
-
-  static Vec sigmoid(const Vec& x) { return Vec(T(1)) / (Vec(T(1)) + x.neg().exp()); }
-
-  // Lanes [h, h + kLanes) of a row, or what is left of it.
-  static Vec load(const T* row, int64_t h, int64_t width) {
-    return h + kLanes <= width ? Vec::loadu(row + h) : Vec::loadu(row + h, width - h);
-  }
-
-  static void store(const Vec& value, T* row, int64_t h, int64_t width) {
-    if (h + kLanes <= width) {
-      value.store(row + h);
-    } else {
-      value.store(row + h, width - h);
-    }
-  }
-
-  static void forward_row(const T* gate_up, T weight, T* hidden, int64_t width) {
-    for (int64_t h = 0; h < width; h += kLanes) {
-      const Vec gate = load(gate_up, h, width), up = load(gate_up + width, h, width);
-      store(gate * sigmoid(gate) * up * Vec(weight), hidden, h, width);
-    }
-  }
-
-  // Returns the routing weight's gradient; `grad_hidden` is overwritten by the forward value w · silu(gate) · up.
-  static T backward_row(T* grad_hidden, const T* gates, const T* ups, T weight, T* grad_gates, T* grad_ups,
-                        int64_t width) {
-    Vec total(T(0));
-    for (int64_t h = 0; h < width; h += kLanes) {
-      const Vec gate = load(gates, h, width), up = load(ups, h, width), grad = load(grad_hidden, h, width);
-      const Vec sig = sigmoid(gate), silu = gate * sig, hidden = silu * up, weighted = grad * Vec(weight);
-      total = total + grad * hidden;
-      store(weighted * up * (sig + silu * (Vec(T(1)) - sig)), grad_gates, h, width);
-      store(weighted * silu, grad_ups, h, width);
-      store(hidden * Vec(weight), grad_hidden, h, width);
-    }
-    T lanes[kLanes], sum = 0;
-    total.store(lanes);
-    for (T lane : lanes) sum += lane;
-    return sum;
-  }
-};
+FewRows<T> few_rows(const Tensor& gate_up, const T* down, int64_t expert) {
+  const int64_t width = gate_up.size(1) / 2, hidden = gate_up.size(2);
+  return {gate_up.const_data_ptr<T>() + expert * 2 * width * hidden, down ? down + expert * hidden * width : nullptr,
+          hidden, width};
+}
 
 template <typename T>
 Tensor forward_typed(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
@@ -74,6 +39,13 @@ Tensor forward_typed(const Tensor& rows, const Tensor& in_ids, const Tensor& out
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
   const T* weight = weights.const_data_ptr<T>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
+    if (block.count <= kFewRows) {
+      few_rows<T>(gate_up, down.const_data_ptr<T>(), block.expert)
+          .forward(rows.const_data_ptr<T>(), in + block.start, block.count, weight + block.start,
+                   pre.mutable_data_ptr<T>() + block.start * 2 * width,
+                   results.mutable_data_ptr<T>() + block.start * rows.size(1));
+      return;
+    }
     Tensor pre_block = pre.narrow(0, block.start, block.count);
     at::mm_out(pre_block, gather<T>(rows, in + block.start, block.count), gate_up[block.expert].t());
     Tensor hidden = at::empty({block.count, width}, rows.options());
@@ -94,6 +66,12 @@ Tensor up_projection_typed(const Tensor& rows, const Tensor& in_ids, at::IntArra
   Tensor pre = at::empty({in_ids.size(0), gate_up.size(1)}, rows.options());
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
+    if (block.count <= kFewRows) {
+      few_rows<T>(gate_up, nullptr, block.expert)
+          .up_projection(rows.const_data_ptr<T>(), in + block.start, block.count,
+                         pre.mutable_data_ptr<T>() + block.start * pre.size(1), [](auto...) {});
+      return;
+    }
     Tensor pre_block = pre.narrow(0, block.start, block.count);
     at::mm_out(pre_block, gather<T>(rows, in + block.start, block.count), gate_up[block.expert].t());
   });
@@ -134,14 +112,32 @@ struct Backward {
     at::addmm_out(up_gradient, up_gradient, grad_ups.t(), block_rows, beta);
   }
 
+  // A block of few rows on the calling thread.
+  template <bool add>
+  void few(const Span& block) const {
+    const int64_t expert = block.expert, start = block.start, hidden = rows.size(1);
+    few_rows<T>(gate_up, down.const_data_ptr<T>(), expert)
+        .template backward<add>(grad_out.const_data_ptr<T>(), out + start, rows.const_data_ptr<T>(), in + start,
+                                block.count, weight + start, pre + start * 2 * width(),
+                                grad_gate_up.mutable_data_ptr<T>() + expert * 2 * width() * hidden,
+                                grad_down.mutable_data_ptr<T>() + expert * hidden * width(),
+                                grad_weights.mutable_data_ptr<T>() + start,
+                                results.mutable_data_ptr<T>() + start * hidden);
+  }
+
   // One expert on the calling thread.
   void narrow(const Span& span) {
     for (const Span& block : blocks_of(span, kBlockRows)) {
+      const bool add = accumulate || block.start != span.start;
+      T* grad_weight = grad_weights.mutable_data_ptr<T>() + block.start;
+      if (block.count <= kFewRows) {
+        add ? few<true>(block) : few<false>(block);
+        continue;
+      }
       Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
       units(block, 0, width(), gather<T>(grad_out, out + block.start, block.count),
             gather<T>(rows, in + block.start, block.count), grad_pre.narrow(1, 0, width()),
-            grad_pre.narrow(1, width(), width()), grad_weights.mutable_data_ptr<T>() + block.start,
-            accumulate || block.start != span.start);
+            grad_pre.narrow(1, width(), width()), grad_weight, add);
       Tensor result = results.narrow(0, block.start, block.count);
       at::mm_out(result, grad_pre, gate_up[block.expert]);
     }
@@ -228,6 +224,7 @@ Tensor up_projection(const Tensor& rows, const Tensor& in_ids, at::IntArrayRef c
 Tensor backward(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
                 const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
                 const Tensor& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
+  TORCH_CHECK(grad_gate_up.is_contiguous() && grad_down.is_contiguous(), "the weights' gradients must be contiguous");
   return rows.scalar_type() == at::kFloat
              ? backward_typed<float>(grad_out, rows, in_ids, out_ids, weights, counts, gate_up, down, pre, grad_rows,
                                      grad_gate_up, grad_down, accumulate)

@@ -22,8 +22,8 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
         groups.out_row_ids_M.long().contiguous(),
         groups.weights_M.contiguous(),
         groups.counts_L,
-        gate_up,
-        down,
+        gate_up.contiguous(),
+        down.contiguous(),
         out,
     )
 
@@ -31,7 +31,7 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
 def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.up_projection."""
     return torch.ops.ds_remoe.grouped_up_projection(
-        rows.contiguous(), groups.in_row_ids_M.long().contiguous(), groups.counts_L, gate_up
+        rows.contiguous(), groups.in_row_ids_M.long().contiguous(), groups.counts_L, gate_up.contiguous()
     )
 
 
@@ -55,8 +55,8 @@ def backward(
         groups.out_row_ids_M.long().contiguous(),
         groups.weights_M.contiguous(),
         groups.counts_L,
-        gate_up,
-        down,
+        gate_up.contiguous(),
+        down.contiguous(),
         pre_activation,
         grad_rows,
         grad_gate_up,

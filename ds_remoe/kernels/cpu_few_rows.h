@@ -1,0 +1,123 @@
+// One expert's SwiGLU on few rows, on one thread: what limits it is how often its weights and their gradients pass
+// through memory, which is once in each of the six GEMMs.
+
+#pragma once
+
+#include "cpu_panels.h"
+#include "cpu_swiglu.h"
+
+namespace ds_remoe {
+
+template <typename T>
+struct FewRows {
+  using P = Panels<T>;
+  using Act = Activation<T>;
+  using Vec = typename Act::Vec;
+  static constexpr int64_t kUnits = 8 * P::kRows;  // outputs at a time that stay in cache
+
+  const T *gate_up, *down;  // [2 width, hidden], [hidden, width]
+  int64_t hidden, width;
+
+  // pre[count, 2 width] of the rows `ids` of `rows`; `each(first, units, gates, ups)` gets panels of [units, count].
+  template <typename Each>
+  void up_projection(const T* rows, const int64_t* ids, int64_t count, T* pre, const Each& each) const {
+    Buffer<T> tokens(P::size(hidden, count)), gates(P::size(kUnits, count)), ups(P::size(kUnits, count));
+    P::put_transposed([&](int64_t i) { return rows + ids[i] * hidden; }, count, hidden, tokens);
+    for (int64_t h = 0; h < width; h += kUnits) {
+      const int64_t units = std::min(kUnits, width - h);
+      P::matrix_times(gate_up + h * hidden, units, hidden, tokens, count, gates);
+      P::matrix_times(gate_up + (width + h) * hidden, units, hidden, tokens, count, ups);
+      P::take_transposed(gates, count, units, pre + h, 2 * width);
+      P::take_transposed(ups, count, units, pre + width + h, 2 * width);
+      each(h, units, gates.get(), ups.get());
+    }
+  }
+
+  // pre[count, 2 width] and result[count, hidden].
+  void forward(const T* rows, const int64_t* ids, int64_t count, const T* weight, T* pre, T* result) const {
+    Buffer<T> activation(P::size(width, count)), weights(P::size(1, count)), out(P::size(kUnits, count));
+    P::put(weight, count, weights, 1, 0);
+    up_projection(rows, ids, count, pre, [&](int64_t first, int64_t units, const T* gates, const T* ups) {
+      for (int64_t j = 0; j < P::count(count); ++j) {
+        const T *gate = gates + j * units * P::kWidth, *up = ups + j * units * P::kWidth;
+        T* to = activation + (j * width + first) * P::kWidth;
+        for (int64_t q = 0; q < P::kWidth; q += Act::kLanes) {
+          const Vec by = Vec::loadu(weights + j * P::kWidth + q);
+          for (int64_t at = q; at < units * P::kWidth; at += P::kWidth) {
+            Act::forward(Vec::loadu(gate + at), Vec::loadu(up + at), by).store(to + at);
+          }
+        }
+      }
+    });
+    for (int64_t d = 0; d < hidden; d += kUnits) {
+      const int64_t units = std::min(kUnits, hidden - d);
+      P::matrix_times(down + d * width, units, width, activation, count, out);
+      P::take_transposed(out, count, units, result + d, hidden);
+    }
+  }
+
+  // Gradients of the rows into result[count, hidden], of the routing weights into grad_weight[count], and of the
+  // expert's weights, added to what is there or instead of it.
+  template <bool add>
+  void backward(const T* grad_out, const int64_t* out_ids, const T* rows, const int64_t* in_ids, int64_t count,
+                const T* weight, const T* pre, T* grad_gate_up, T* grad_down, T* grad_weight, T* result) const {
+    Buffer<T> grad_blocks(count * hidden), grad_transposed(count * hidden), activation(P::size(count, width));
+    gather_blocks(grad_out, out_ids, count, grad_blocks);
+    transpose(grad_blocks, count, hidden, grad_transposed);
+    P::times_matrix(grad_blocks, count, hidden, down, width, activation, false);
+
+    Buffer<T> gates(count * width), ups(count * width), transposed(count * width), tokens(P::size(count, hidden));
+    activate(weight, pre, count, activation, gates, ups, grad_weight);
+    P::template add_outer<add>(grad_transposed, hidden, count, activation, width, grad_down);
+
+    for (int64_t i = 0; i < count; ++i) P::put(rows + in_ids[i] * hidden, hidden, tokens, count, i);
+    transpose(gates, count, width, transposed);
+    P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up);
+    transpose(ups, count, width, transposed);
+    P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up + width * hidden);
+
+    P::times_matrix(gates, count, width, gate_up, hidden, tokens, false);
+    P::times_matrix(ups, count, width, gate_up + width * hidden, hidden, tokens, true);
+    for (int64_t i = 0; i < count; ++i) P::take(tokens, count, i, result + i * hidden, hidden);
+  }
+
+ private:
+  void gather_blocks(const T* source, const int64_t* ids, int64_t count, T* blocks) const {
+    for (int64_t k = 0; k < hidden; k += P::kDepth) {
+      const int64_t depth = P::block_stride(k, hidden);
+      T* to = blocks + P::block_start(k, count);
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * depth, source + ids[i] * hidden + k, depth * sizeof(T));
+    }
+  }
+
+  // [columns, count] of blocks.
+  static void transpose(const T* blocks, int64_t count, int64_t columns, T* to) {
+    for (int64_t k = 0; k < columns; ++k, to += count) {
+      const T* from = blocks + P::block_start(k, count);
+      const int64_t stride = P::block_stride(k, columns);
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+    }
+  }
+
+  // Panels `activation` hold the gradient of the activation and then its value; `gates` and `ups` are blocks.
+  void activate(const T* weight, const T* pre, int64_t count, T* activation, T* gates, T* ups, T* grad_weight) const {
+    static_assert(P::kDepth % P::kWidth == 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const T *gate = pre + i * 2 * width, *up = gate + width;
+      Vec total(T(0));
+      for (int64_t h = 0; h < width; h += Act::kLanes) {
+        T* value = activation + (h / P::kWidth * count + i) * P::kWidth + h % P::kWidth;
+        const auto gradients =
+            Act::backward(Vec::loadu(value), Act::load(gate, h, width), Act::load(up, h, width), Vec(weight[i]));
+        total = total + gradients.weight;
+        gradients.hidden.store(value);
+        const int64_t at = P::block_start(h, count) + i * P::block_stride(h, width) - h;
+        Act::store(gradients.gate, gates + at, h, width);
+        Act::store(gradients.up, ups + at, h, width);
+      }
+      grad_weight[i] = Act::sum(total);
+    }
+  }
+};
+
+}  // namespace ds_remoe

@@ -1,0 +1,200 @@
+// GEMMs of few rows with a large matrix, on one thread.
+//
+// A library's GEMM first copies the large matrix into an order of its own, which for few rows takes as long as the
+// products. Here the few rows are put in order instead, and the large matrix is read or written once, where it stands.
+// In that order, "panels", a matrix is [columns / kWidth][rows][kWidth], the last panel filled up with zeros.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace ds_remoe {
+
+// Memory of one thread for a while.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : tensor_(at::empty({size}, c10::CppTypeToScalarType<T>::value)) {}
+  T* get() { return tensor_.mutable_data_ptr<T>(); }
+  operator T*() { return get(); }
+
+ private:
+  at::Tensor tensor_;
+};
+
+template <typename T>
+struct Panels {
+  using Vec = at::vec::Vectorized<T>;
+  static constexpr int64_t kWidth = 2 * Vec::size();
+  static constexpr int64_t kRows = 6;    // of a tile, which with kWidth columns fills AVX2's registers
+  static constexpr int64_t kDepth = 64;  // of a sum that a tile adds at once where the large matrix is in rows
+
+  static int64_t count(int64_t columns) { return (columns + kWidth - 1) / kWidth; }
+  static int64_t size(int64_t rows, int64_t columns) { return count(columns) * rows * kWidth; }
+
+  // A matrix [rows, columns] in blocks of kDepth columns, [columns / kDepth][rows][kDepth]: where column `k` of row 0
+  // stands, and how far apart the rows of its block are.
+  static int64_t block_start(int64_t k, int64_t rows) { return k / kDepth * kDepth * rows + k % kDepth; }
+  static int64_t block_stride(int64_t k, int64_t columns) { return std::min(kDepth, columns - k / kDepth * kDepth); }
+
+  // c[R, kWidth] (+)= a[R, depth] · panel[depth, kWidth]
+  template <int R, bool add>
+  static inline __attribute__((always_inline)) void tile(const T* a, int64_t a_stride, const T* panel, int64_t depth,
+                                                         T* c, int64_t c_stride) {
+    constexpr int64_t kLanes = Vec::size();
+    Vec left[R], right[R];
+    for (int i = 0; i < R; ++i) {
+      left[i] = add ? Vec::loadu(c + i * c_stride) : Vec(T(0));
+      right[i] = add ? Vec::loadu(c + i * c_stride + kLanes) : Vec(T(0));
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vec first = Vec::loadu(panel + k * kWidth), second = Vec::loadu(panel + k * kWidth + kLanes);
+      for (int i = 0; i < R; ++i) {
+        const Vec factor(a[i * a_stride + k]);
+        left[i] = at::vec::fmadd(factor, first, left[i]);
+        right[i] = at::vec::fmadd(factor, second, right[i]);
+      }
+    }
+    for (int i = 0; i < R; ++i) {
+      left[i].store(c + i * c_stride);
+      right[i].store(c + i * c_stride + kLanes);
+    }
+  }
+
+  // work(R) with the number of a tile's rows as a constant.
+  template <typename Work>
+  static void for_rows(int64_t rows, const Work& work) {
+    switch (rows) {
+      case 6: return work(std::integral_constant<int, 6>());
+      case 5: return work(std::integral_constant<int, 5>());
+      case 4: return work(std::integral_constant<int, 4>());
+      case 3: return work(std::integral_constant<int, 3>());
+      case 2: return work(std::integral_constant<int, 2>());
+      default: return work(std::integral_constant<int, 1>());
+    }
+  }
+
+  // Row `row` of panels with `rows` rows, from memory.
+  static void put(const T* from, int64_t columns, T* panels, int64_t rows, int64_t row) {
+    int64_t j = 0;
+    for (; (j + 1) * kWidth <= columns; ++j) {
+      std::memcpy(panels + (j * rows + row) * kWidth, from + j * kWidth, kWidth * sizeof(T));
+    }
+    if (const int64_t left = columns - j * kWidth; left > 0) {
+      T* last = panels + (j * rows + row) * kWidth;
+      std::memcpy(last, from + j * kWidth, left * sizeof(T));
+      std::fill(last + left, last + kWidth, T(0));
+    }
+  }
+
+  // And back.
+  static void take(const T* panels, int64_t rows, int64_t row, T* to, int64_t columns) {
+    for (int64_t j = 0; j * kWidth < columns; ++j) {
+      const int64_t width = std::min(kWidth, columns - j * kWidth);
+      std::memcpy(to + j * kWidth, panels + (j * rows + row) * kWidth, width * sizeof(T));
+    }
+  }
+
+  // Panels of the transpose of [tokens, columns]; `row_of(i)` is where token i stands.
+  template <typename RowOf>
+  static void put_transposed(const RowOf& row_of, int64_t tokens, int64_t columns, T* panels) {
+    for (int64_t j = 0; j * kWidth < tokens; ++j) {
+      const int64_t width = std::min(kWidth, tokens - j * kWidth);
+      const T* from[kWidth];
+      for (int64_t q = 0; q < width; ++q) from[q] = row_of(j * kWidth + q);
+      T* to = panels + j * columns * kWidth;
+      for (int64_t k = 0; k < columns; ++k, to += kWidth) {
+        for (int64_t q = 0; q < width; ++q) to[q] = from[q][k];
+        for (int64_t q = width; q < kWidth; ++q) to[q] = T(0);
+      }
+    }
+  }
+
+  // And back: rows [tokens, columns], `stride` apart.
+  static void take_transposed(const T* panels, int64_t tokens, int64_t columns, T* to, int64_t stride) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      const T* from = panels + i / kWidth * columns * kWidth + i % kWidth;
+      for (int64_t k = 0; k < columns; ++k) to[i * stride + k] = from[k * kWidth];
+    }
+  }
+
+  // Panels of matrix[rows, depth] · (panels of [depth, tokens]): the large matrix on the left is read row by row.
+  static void matrix_times(const T* matrix, int64_t rows, int64_t depth, const T* panels, int64_t tokens, T* out) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      for_rows(std::min(kRows, rows - i), [&](auto some) {
+        for (int64_t j = 0; j < count(tokens); ++j) {
+          tile<some, false>(matrix + i * depth, depth, panels + j * depth * kWidth, depth,
+                            out + (j * rows + i) * kWidth, kWidth);
+        }
+      });
+    }
+  }
+
+  // Panels of (blocks of [tokens, depth]) · matrix[depth, columns], added to what `out` holds where `add` says so: the
+  // large matrix on the right is read in blocks of kDepth rows.
+  static void times_matrix(const T* blocks, int64_t tokens, int64_t depth, const T* matrix, int64_t columns, T* out,
+                           bool add) {
+    const int64_t groups = (tokens + kRows - 1) / kRows;
+    T panel[kDepth * kWidth];
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t rows = block_stride(k, depth);
+      const T* block = blocks + block_start(k, tokens);
+      for (int64_t j = 0; j < count(columns); ++j) {
+        const T* from = matrix + k * columns + j * kWidth;
+        const int64_t width = std::min(kWidth, columns - j * kWidth);
+        if (width == kWidth) {
+          for (int64_t q = 0; q < rows; ++q, from += columns) {
+            __builtin_prefetch(from + kWidth);
+            std::memcpy(panel + q * kWidth, from, kWidth * sizeof(T));
+          }
+        } else {
+          for (int64_t q = 0; q < rows; ++q, from += columns) put(from, width, panel, rows, q);
+        }
+        T* to = out + j * tokens * kWidth;
+        for (int64_t g = 0; g < groups; ++g) {  // even ones, as a tile of few rows waits for its own sums
+          const int64_t first = tokens * g / groups, some = tokens * (g + 1) / groups - first;
+          for_rows(some, [&](auto r) {
+            const T* left = block + first * rows;
+            if (add || k > 0) {
+              tile<r, true>(left, rows, panel, rows, to + first * kWidth, kWidth);
+            } else {
+              tile<r, false>(left, rows, panel, rows, to + first * kWidth, kWidth);
+            }
+          });
+        }
+      }
+    }
+  }
+
+  // matrix[rows, columns] (+)= transposed[rows, tokens] · (panels of [tokens, columns]): it is written row by row.
+  template <bool add>
+  static void add_outer(const T* transposed, int64_t rows, int64_t tokens, const T* panels, int64_t columns,
+                        T* matrix) {
+    const int64_t whole = columns / kWidth, left = columns - whole * kWidth;
+    for (int64_t i = 0; i < rows; i += kRows) {
+      for_rows(std::min(kRows, rows - i), [&](auto some) {
+        const T *factors = transposed + i * tokens, *last = panels + whole * tokens * kWidth;
+        T* to = matrix + i * columns;
+        for (int64_t j = 0; j < whole; ++j) {
+          tile<some, add>(factors, tokens, panels + j * tokens * kWidth, tokens, to + j * kWidth, columns);
+        }
+        if (left > 0) {
+          T part[some * kWidth];
+          tile<some, false>(factors, tokens, last, tokens, part, kWidth);
+          for (int64_t r = 0; r < some; ++r) {
+            T* row = to + r * columns + whole * kWidth;
+            for (int64_t q = 0; q < left; ++q) row[q] = part[r * kWidth + q] + (add ? row[q] : T(0));
+          }
+        }
+      });
+    }
+  }
+};
+
+}  // namespace ds_remoe
