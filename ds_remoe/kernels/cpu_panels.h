@@ -1,8 +1,9 @@
-// GEMMs of few rows with a large matrix, on one thread.
+// GEMMs of a block of tokens with an expert's weights, on one thread.
 //
-// A library's GEMM first copies the large matrix into an order of its own, which for few rows takes as long as the
-// products. Here the few rows are put in order instead, and the large matrix is read or written once, where it stands.
-// In that order, "panels", a matrix is [columns / kWidth][rows][kWidth], the last panel filled up with zeros.
+// A library's GEMM first copies the weights into an order of its own, which for the few tokens of one expert among many
+// takes as long as the products. Here the tokens are put in order instead, and weights and their gradients are read and
+// written once, where they stand. In that order, "panels", a matrix is [columns / kWidth][rows][kWidth], the last panel
+// filled up with zeros.
 
 #pragma once
 
@@ -13,6 +14,8 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+
+#include "cpu_transpose.h"
 
 namespace ds_remoe {
 
@@ -33,7 +36,7 @@ struct Panels {
   using Vec = at::vec::Vectorized<T>;
   static constexpr int64_t kWidth = 2 * Vec::size();
   static constexpr int64_t kRows = 6;    // of a tile, which with kWidth columns fills AVX2's registers
-  static constexpr int64_t kDepth = 64;  // of a sum that a tile adds at once where the large matrix is in rows
+  static constexpr int64_t kDepth = 64;  // of a sum that a tile adds at once where weights are in rows
 
   static int64_t count(int64_t columns) { return (columns + kWidth - 1) / kWidth; }
   static int64_t size(int64_t rows, int64_t columns) { return count(columns) * rows * kWidth; }
@@ -104,27 +107,24 @@ struct Panels {
   // Panels of the transpose of [tokens, columns]; `row_of(i)` is where token i stands.
   template <typename RowOf>
   static void put_transposed(const RowOf& row_of, int64_t tokens, int64_t columns, T* panels) {
-    for (int64_t j = 0; j * kWidth < tokens; ++j) {
-      const int64_t width = std::min(kWidth, tokens - j * kWidth);
-      const T* from[kWidth];
-      for (int64_t q = 0; q < width; ++q) from[q] = row_of(j * kWidth + q);
-      T* to = panels + j * columns * kWidth;
-      for (int64_t k = 0; k < columns; ++k, to += kWidth) {
-        for (int64_t q = 0; q < width; ++q) to[q] = from[q][k];
-        for (int64_t q = width; q < kWidth; ++q) to[q] = T(0);
+    for (int64_t first = 0; first < tokens; first += kWidth, panels += columns * kWidth) {
+      const int64_t width = std::min(kWidth, tokens - first);
+      transpose([&](int64_t q) { return row_of(first + q); }, width, columns, panels, kWidth);
+      if (width < kWidth) {
+        for (int64_t k = 0; k < columns; ++k) std::fill(panels + k * kWidth + width, panels + (k + 1) * kWidth, T(0));
       }
     }
   }
 
   // And back: rows [tokens, columns], `stride` apart.
   static void take_transposed(const T* panels, int64_t tokens, int64_t columns, T* to, int64_t stride) {
-    for (int64_t i = 0; i < tokens; ++i) {
-      const T* from = panels + i / kWidth * columns * kWidth + i % kWidth;
-      for (int64_t k = 0; k < columns; ++k) to[i * stride + k] = from[k * kWidth];
+    for (int64_t first = 0; first < tokens; first += kWidth, panels += columns * kWidth) {
+      const int64_t width = std::min(kWidth, tokens - first);
+      transpose([&](int64_t k) { return panels + k * kWidth; }, columns, width, to + first * stride, stride);
     }
   }
 
-  // Panels of matrix[rows, depth] · (panels of [depth, tokens]): the large matrix on the left is read row by row.
+  // Panels of matrix[rows, depth] · (panels of [depth, tokens]): the matrix is read row by row.
   static void matrix_times(const T* matrix, int64_t rows, int64_t depth, const T* panels, int64_t tokens, T* out) {
     for (int64_t i = 0; i < rows; i += kRows) {
       for_rows(std::min(kRows, rows - i), [&](auto some) {
@@ -137,7 +137,7 @@ struct Panels {
   }
 
   // Panels of (blocks of [tokens, depth]) · matrix[depth, columns], added to what `out` holds where `add` says so: the
-  // large matrix on the right is read in blocks of kDepth rows.
+  // matrix is read in blocks of kDepth rows.
   static void times_matrix(const T* blocks, int64_t tokens, int64_t depth, const T* matrix, int64_t columns, T* out,
                            bool add) {
     const int64_t groups = (tokens + kRows - 1) / kRows;

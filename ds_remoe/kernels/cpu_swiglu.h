@@ -44,12 +44,6 @@ struct Activation {
     return total;
   }
 
-  static void forward_row(const T* gate_up, T weight, T* hidden, int64_t width) {
-    for (int64_t h = 0; h < width; h += kLanes) {
-      store(forward(load(gate_up, h, width), load(gate_up + width, h, width), Vec(weight)), hidden, h, width);
-    }
-  }
-
   // Returns the routing weight's gradient; `grad_hidden` is overwritten by the forward value.
   static T backward_row(T* grad_hidden, const T* gates, const T* ups, T weight, T* grad_gates, T* grad_ups,
                         int64_t width) {

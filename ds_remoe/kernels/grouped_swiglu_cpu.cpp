@@ -1,17 +1,16 @@
 // Grouped SwiGLU on the CPU, fp32 and fp64: see ds_remoe/kernels/grouped_swiglu.py for what it computes.
 //
-// Every GEMM runs on one thread, as threads that share a small GEMM mostly wait for each other; those of few rows are
-// our own (cpu_few_rows.h). Forward the pairs go through in blocks of rows that stay in cache, whichever thread is free
-// taking the next. Backward an expert's blocks add to one weight gradient, so small experts run side by side, and an
-// expert with a large share of the pairs alone, its hidden units and then its rows divided among all threads. Each
-// pair's result stands in a buffer of its own until a row's pairs are summed in the order of the experts, so the result
-// does not depend on which thread came first.
+// Every GEMM runs on one thread, as threads that share a small GEMM mostly wait for each other. Forward the pairs go
+// through in blocks of rows that stay in cache, whichever thread is free taking the next. Backward an expert's blocks
+// add to one weight gradient, so small experts run side by side, and an expert with a large share of the pairs alone,
+// its hidden units and then its rows divided among all threads. Each pair's result stands in a buffer of its own until
+// a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "cpu_few_rows.h"
+#include "cpu_expert.h"
 #include "cpu_rows.h"
 #include "cpu_swiglu.h"
 
@@ -19,43 +18,28 @@ namespace {
 
 using namespace ds_remoe;
 
-constexpr int64_t kFewRows = 128;    // of a block, up to which our own GEMMs are the faster ones
 constexpr int64_t kLeastUnits = 32;  // hidden units that a thread takes of a wide expert
 
-// An expert for few rows; `down` may be null where only the up-projection is wanted.
+// `down` may be null where only the up-projection is wanted.
 template <typename T>
-FewRows<T> few_rows(const Tensor& gate_up, const T* down, int64_t expert) {
+Expert<T> expert_of(const Tensor& gate_up, const T* down, int64_t index) {
   const int64_t width = gate_up.size(1) / 2, hidden = gate_up.size(2);
-  return {gate_up.const_data_ptr<T>() + expert * 2 * width * hidden, down ? down + expert * hidden * width : nullptr,
+  return {gate_up.const_data_ptr<T>() + index * 2 * width * hidden, down ? down + index * hidden * width : nullptr,
           hidden, width};
 }
 
 template <typename T>
 Tensor forward_typed(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
                      at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out) {
-  const int64_t num_pairs = in_ids.size(0), width = down.size(2);
+  const int64_t num_pairs = in_ids.size(0), width = down.size(2), hidden = rows.size(1);
   Tensor pre = at::empty({num_pairs, 2 * width}, rows.options());
-  Tensor results = at::empty({num_pairs, rows.size(1)}, rows.options());
+  Tensor results = at::empty({num_pairs, hidden}, rows.options());
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
-  const T* weight = weights.const_data_ptr<T>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
-    if (block.count <= kFewRows) {
-      few_rows<T>(gate_up, down.const_data_ptr<T>(), block.expert)
-          .forward(rows.const_data_ptr<T>(), in + block.start, block.count, weight + block.start,
-                   pre.mutable_data_ptr<T>() + block.start * 2 * width,
-                   results.mutable_data_ptr<T>() + block.start * rows.size(1));
-      return;
-    }
-    Tensor pre_block = pre.narrow(0, block.start, block.count);
-    at::mm_out(pre_block, gather<T>(rows, in + block.start, block.count), gate_up[block.expert].t());
-    Tensor hidden = at::empty({block.count, width}, rows.options());
-    const T* from = pre_block.const_data_ptr<T>();
-    T* to = hidden.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < block.count; ++i) {
-      Activation<T>::forward_row(from + i * 2 * width, weight[block.start + i], to + i * width, width);
-    }
-    Tensor result = results.narrow(0, block.start, block.count);
-    at::mm_out(result, hidden, down[block.expert].t());
+    expert_of<T>(gate_up, down.const_data_ptr<T>(), block.expert)
+        .forward(rows.const_data_ptr<T>(), in + block.start, block.count, weights.const_data_ptr<T>() + block.start,
+                 pre.mutable_data_ptr<T>() + block.start * 2 * width,
+                 results.mutable_data_ptr<T>() + block.start * hidden);
   });
   sum_into<T>(out, results, out_ids.const_data_ptr<int64_t>());
   return pre;
@@ -66,14 +50,9 @@ Tensor up_projection_typed(const Tensor& rows, const Tensor& in_ids, at::IntArra
   Tensor pre = at::empty({in_ids.size(0), gate_up.size(1)}, rows.options());
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
-    if (block.count <= kFewRows) {
-      few_rows<T>(gate_up, nullptr, block.expert)
-          .up_projection(rows.const_data_ptr<T>(), in + block.start, block.count,
-                         pre.mutable_data_ptr<T>() + block.start * pre.size(1), [](auto...) {});
-      return;
-    }
-    Tensor pre_block = pre.narrow(0, block.start, block.count);
-    at::mm_out(pre_block, gather<T>(rows, in + block.start, block.count), gate_up[block.expert].t());
+    expert_of<T>(gate_up, nullptr, block.expert)
+        .up_projection(rows.const_data_ptr<T>(), in + block.start, block.count,
+                       pre.mutable_data_ptr<T>() + block.start * pre.size(1), [](auto...) {});
   });
   return pre;
 }
@@ -112,35 +91,23 @@ struct Backward {
     at::addmm_out(up_gradient, up_gradient, grad_ups.t(), block_rows, beta);
   }
 
-  // A block of few rows on the calling thread.
-  template <bool add>
-  void few(const Span& block) const {
-    const int64_t expert = block.expert, start = block.start, hidden = rows.size(1);
-    few_rows<T>(gate_up, down.const_data_ptr<T>(), expert)
-        .template backward<add>(grad_out.const_data_ptr<T>(), out + start, rows.const_data_ptr<T>(), in + start,
-                                block.count, weight + start, pre + start * 2 * width(),
-                                grad_gate_up.mutable_data_ptr<T>() + expert * 2 * width() * hidden,
-                                grad_down.mutable_data_ptr<T>() + expert * hidden * width(),
-                                grad_weights.mutable_data_ptr<T>() + start,
-                                results.mutable_data_ptr<T>() + start * hidden);
+  // One expert on the calling thread.
+  void narrow(const Span& span) const {
+    for (const Span& block : blocks_of(span, kBlockRows)) {
+      accumulate || block.start != span.start ? narrow_block<true>(block) : narrow_block<false>(block);
+    }
   }
 
-  // One expert on the calling thread.
-  void narrow(const Span& span) {
-    for (const Span& block : blocks_of(span, kBlockRows)) {
-      const bool add = accumulate || block.start != span.start;
-      T* grad_weight = grad_weights.mutable_data_ptr<T>() + block.start;
-      if (block.count <= kFewRows) {
-        add ? few<true>(block) : few<false>(block);
-        continue;
-      }
-      Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
-      units(block, 0, width(), gather<T>(grad_out, out + block.start, block.count),
-            gather<T>(rows, in + block.start, block.count), grad_pre.narrow(1, 0, width()),
-            grad_pre.narrow(1, width(), width()), grad_weight, add);
-      Tensor result = results.narrow(0, block.start, block.count);
-      at::mm_out(result, grad_pre, gate_up[block.expert]);
-    }
+  template <bool add>
+  void narrow_block(const Span& block) const {
+    const int64_t index = block.expert, start = block.start, hidden = rows.size(1);
+    expert_of<T>(gate_up, down.const_data_ptr<T>(), index)
+        .template backward<add>(grad_out.const_data_ptr<T>(), out + start, rows.const_data_ptr<T>(), in + start,
+                                block.count, weight + start, pre + start * 2 * width(),
+                                grad_gate_up.mutable_data_ptr<T>() + index * 2 * width() * hidden,
+                                grad_down.mutable_data_ptr<T>() + index * hidden * width(),
+                                grad_weights.mutable_data_ptr<T>() + start,
+                                results.mutable_data_ptr<T>() + start * hidden);
   }
 
   // One expert on all threads: first each takes some hidden units, then some rows.

@@ -1,5 +1,5 @@
-// One expert's SwiGLU on few rows, on one thread: what limits it is how often its weights and their gradients pass
-// through memory, which is once in each of the six GEMMs.
+// One expert's SwiGLU on a block of rows, on one thread. Its weights and their gradients pass through memory once in
+// each of the six GEMMs.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace ds_remoe {
 
 template <typename T>
-struct FewRows {
+struct Expert {
   using P = Panels<T>;
   using Act = Activation<T>;
   using Vec = typename Act::Vec;
@@ -61,19 +61,21 @@ struct FewRows {
   template <bool add>
   void backward(const T* grad_out, const int64_t* out_ids, const T* rows, const int64_t* in_ids, int64_t count,
                 const T* weight, const T* pre, T* grad_gate_up, T* grad_down, T* grad_weight, T* result) const {
-    Buffer<T> grad_blocks(count * hidden), grad_transposed(count * hidden), activation(P::size(count, width));
+    Buffer<T> grad_blocks(count * hidden), activation(P::size(count, width)), gates(count * width), ups(count * width);
+    Buffer<T> tokens(P::size(count, hidden));
     gather_blocks(grad_out, out_ids, count, grad_blocks);
-    transpose(grad_blocks, count, hidden, grad_transposed);
     P::times_matrix(grad_blocks, count, hidden, down, width, activation, false);
-
-    Buffer<T> gates(count * width), ups(count * width), transposed(count * width), tokens(P::size(count, hidden));
     activate(weight, pre, count, activation, gates, ups, grad_weight);
-    P::template add_outer<add>(grad_transposed, hidden, count, activation, width, grad_down);
 
+    T* transposed = tokens;  // not in use yet
+    transpose_blocks(grad_blocks, count, hidden, transposed);
+    P::template add_outer<add>(transposed, hidden, count, activation, width, grad_down);
+
+    transposed = activation;  // no longer in use
     for (int64_t i = 0; i < count; ++i) P::put(rows + in_ids[i] * hidden, hidden, tokens, count, i);
-    transpose(gates, count, width, transposed);
+    transpose_blocks(gates, count, width, transposed);
     P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up);
-    transpose(ups, count, width, transposed);
+    transpose_blocks(ups, count, width, transposed);
     P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up + width * hidden);
 
     P::times_matrix(gates, count, width, gate_up, hidden, tokens, false);
@@ -91,11 +93,11 @@ struct FewRows {
   }
 
   // [columns, count] of blocks.
-  static void transpose(const T* blocks, int64_t count, int64_t columns, T* to) {
-    for (int64_t k = 0; k < columns; ++k, to += count) {
+  static void transpose_blocks(const T* blocks, int64_t count, int64_t columns, T* to) {
+    for (int64_t k = 0; k < columns; k += P::kDepth) {
       const T* from = blocks + P::block_start(k, count);
-      const int64_t stride = P::block_stride(k, columns);
-      for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+      const int64_t depth = P::block_stride(k, columns);
+      transpose([&](int64_t i) { return from + i * depth; }, count, depth, to + k * count, count);
     }
   }
 
