@@ -14,9 +14,11 @@ def serves(rows: Tensor, groups: PairGroups) -> bool:
     return cpu_library.serves(rows, groups.weights_M)
 
 
-def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+def forward(
+    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, keep: bool = True
+) -> Tensor | None:
     """See ds_remoe.kernels.grouped_swiglu.forward."""
-    return torch.ops.ds_remoe.grouped_swiglu(
+    pre_activation: Tensor = torch.ops.ds_remoe.grouped_swiglu(
         rows.contiguous(),
         groups.in_row_ids_M.long().contiguous(),
         groups.out_row_ids_M.long().contiguous(),
@@ -25,14 +27,9 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
         gate_up.contiguous(),
         down.contiguous(),
         out,
+        keep,
     )
-
-
-def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
-    """See ds_remoe.kernels.grouped_swiglu.up_projection."""
-    return torch.ops.ds_remoe.grouped_up_projection(
-        rows.contiguous(), groups.in_row_ids_M.long().contiguous(), groups.counts_L, gate_up.contiguous()
-    )
+    return pre_activation if keep else None
 
 
 def backward(
@@ -41,13 +38,13 @@ def backward(
     groups: PairGroups,
     gate_up: Tensor,
     down: Tensor,
-    pre_activation: Tensor,
+    pre_activation: Tensor | None,
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
     accumulate: bool = False,
 ) -> Tensor:
-    """See ds_remoe.kernels.grouped_swiglu.backward."""
+    """See ds_remoe.kernels.grouped_swiglu.backward; what is computed again exists for a block of rows at a time."""
     return torch.ops.ds_remoe.grouped_swiglu_backward(
         grad_out.contiguous(),
         rows.contiguous(),

@@ -140,6 +140,26 @@ def plan_chunks(counts_L: Sequence[int], budget: ActivationBudget | None) -> lis
     return [Chunk(slice(0, len(counts_L)), slice(0, sum(counts_L)), list(counts_L), continues=False, keep=True)]
 
 
+def merge_recomputed(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The same pairs with as few calls for those that are not kept as there can be, where a call needs no more memory
+    for more pairs. One that goes on with an expert which an earlier call began stays by itself."""
+    merged: list[Chunk] = []
+    for chunk in chunks:
+        last = merged[-1] if merged else None
+        if last is None or last.keep or chunk.keep or (last.continues and not chunk.continues):
+            merged.append(chunk)
+            continue
+        counts = list(last.counts)
+        if chunk.continues:
+            counts[-1] += chunk.counts[0]
+        else:
+            counts += chunk.counts
+        experts = slice(last.experts.start, chunk.experts.stop)
+        pairs = slice(last.pairs.start, chunk.pairs.stop)
+        merged[-1] = Chunk(experts, pairs, counts, last.continues, keep=False)
+    return merged
+
+
 def _cut(counts_L: Sequence[int], limit: int) -> Iterator[tuple[slice, list[int], bool]]:
     """Experts, their counts, and whether this goes on with an expert that was begun; at most `limit` pairs each."""
     first, waiting = 0, 0
