@@ -155,7 +155,8 @@ struct Backward {
 template <typename T>
 Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
                       const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
-                      const std::optional<Tensor>& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
+                      const std::optional<Tensor>& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down,
+                      bool accumulate) {
   const int64_t num_pairs = in_ids.size(0);
   Backward<T> backward{grad_out,
                        rows,
@@ -194,7 +195,8 @@ Tensor forward(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, 
 
 Tensor backward(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
                 const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
-                const std::optional<Tensor>& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
+                const std::optional<Tensor>& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down,
+                bool accumulate) {
   TORCH_CHECK(grad_gate_up.is_contiguous() && grad_down.is_contiguous(), "the weights' gradients must be contiguous");
   return rows.scalar_type() == at::kFloat
              ? backward_typed<float>(grad_out, rows, in_ids, out_ids, weights, counts, gate_up, down, pre, grad_rows,

@@ -3,7 +3,8 @@
 Early in training each expert takes more than half of the tokens (stage I), so a layer has up to E/k times the pairs
 that it settles at. With a budget the pairs beyond it go through in chunks whose pre-activation [n, 2H] lives for the
 chunk alone, in forward, and again in backward, where it is computed anew: one GEMM of the forward's two, two thirds of
-its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget everything is kept.
+its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget everything is kept. The
+CPU's kernel needs no chunks, as it computes the pre-activations of a block of rows where it uses them.
 
 With expert parallelism the dense stage also brings nearly every token to every rank. The rows of a layer for which the
 budget has no room are not kept either but sent again in backward, which takes one exchange more. All ranks must agree
