@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,15 +18,7 @@ from ds_remoe.kernels.backend import kernels_wanted
 from ds_remoe.kernels.pair_groups import PairGroups
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.moe import MoE, SwiGLU
-from ds_remoe.moe.budget import (
-    MIN_CHUNK_PAIRS,
-    ActivationBudget,
-    Chunk,
-    expected_rows,
-    merge_recomputed,
-    plan_chunks,
-    settled_rows,
-)
+from ds_remoe.moe.budget import MIN_CHUNK_PAIRS, ActivationBudget, expected_rows, plan_chunks, settled_rows
 from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
 from ds_remoe.moe.dispatch import Dispatched
 from ds_remoe.moe.experts import ModuleExperts
@@ -57,22 +48,6 @@ def new_budget(sizes: tuple[int, int] | None) -> ActivationBudget | None:
 def test_chunks_cover_every_pair_once_and_keep_to_the_budget(counts: list[int], sizes: tuple[int, int]) -> None:
     pairs, chunk_pairs = sizes
     chunks = plan_chunks(counts, new_budget(sizes))
-    check_cover(chunks, counts)
-    if sum(counts) <= pairs:
-        assert len(chunks) == 1
-        assert chunks[0].keep
-    else:
-        assert max(sum(chunk.counts) for chunk in chunks) <= chunk_pairs
-        assert sum(sum(chunk.counts) for chunk in chunks if chunk.keep) + chunk_pairs <= pairs
-    merged = merge_recomputed(chunks)
-    check_cover(merged, counts)
-    assert [chunk for chunk in merged if chunk.keep] == [chunk for chunk in chunks if chunk.keep]
-    if not any(chunk.keep for chunk in chunks):
-        assert len(merged) == 1
-
-
-def check_cover(chunks: list[Chunk], counts: list[int]) -> None:
-    """All pairs in order, each expert's once, and whoever goes on with an expert is by itself."""
     assert [chunk.pairs.start for chunk in chunks] == [0, *(chunk.pairs.stop for chunk in chunks[:-1])]
     assert chunks[-1].pairs.stop == sum(counts)
     seen = [0] * len(counts)
@@ -87,6 +62,12 @@ def check_cover(chunks: list[Chunk], counts: list[int]) -> None:
             seen[expert] += count
     assert seen == counts
     assert begun == set(range(len(counts))), "an expert's gradients would stay unwritten"
+    if sum(counts) <= pairs:
+        assert len(chunks) == 1
+        assert chunks[0].keep
+    else:
+        assert max(sum(chunk.counts) for chunk in chunks) <= chunk_pairs
+        assert sum(sum(chunk.counts) for chunk in chunks if chunk.keep) + chunk_pairs <= pairs
 
 
 @given(
@@ -304,14 +285,13 @@ def test_a_model_recomputes_only_what_its_layers_together_have_no_room_for(
     )
     tokens = torch.randint(32, (1, 512), generator=torch.Generator().manual_seed(0))
     again: list[int] = []
-    backward = grouped_swiglu.backward
+    up_projection = grouped_swiglu.up_projection
 
-    def counted(*arguments: Any, accumulate: bool) -> Tensor:
-        if arguments[5] is None:  # the pre-activation
-            again.append(sum(arguments[2].counts_L))
-        return backward(*arguments, accumulate=accumulate)
+    def counted(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
+        again.append(sum(groups.counts_L))
+        return up_projection(rows, groups, gate_up)
 
-    monkeypatch.setattr(grouped_swiglu, "backward", counted)
+    monkeypatch.setattr(grouped_swiglu, "up_projection", counted)
 
     def gradients(budget: float | None, quiet_layers: int) -> list[Tensor]:
         decoder = Decoder(sizes, MoEConfig(num_experts=8, activation_budget=budget), 32, seed=0).double()

@@ -18,8 +18,7 @@ struct Expert {
   const T *gate_up, *down;  // [2 width, hidden], [hidden, width]
   int64_t hidden, width;
 
-  // pre[count, 2 width] of the rows `ids` of `rows`, unless null; `each(first, units, gates, ups)` gets panels of
-  // [units, count].
+  // pre[count, 2 width] of the rows `ids` of `rows`; `each(first, units, gates, ups)` gets panels of [units, count].
   template <typename Each>
   void up_projection(const T* rows, const int64_t* ids, int64_t count, T* pre, const Each& each) const {
     Buffer<T> tokens(P::size(hidden, count)), gates(P::size(kUnits, count)), ups(P::size(kUnits, count));
@@ -28,15 +27,13 @@ struct Expert {
       const int64_t units = std::min(kUnits, width - h);
       P::matrix_times(gate_up + h * hidden, units, hidden, tokens, count, gates);
       P::matrix_times(gate_up + (width + h) * hidden, units, hidden, tokens, count, ups);
-      if (pre != nullptr) {
-        P::take_transposed(gates, count, units, pre + h, 2 * width);
-        P::take_transposed(ups, count, units, pre + width + h, 2 * width);
-      }
+      P::take_transposed(gates, count, units, pre + h, 2 * width);
+      P::take_transposed(ups, count, units, pre + width + h, 2 * width);
       each(h, units, gates.get(), ups.get());
     }
   }
 
-  // pre[count, 2 width], unless null, and result[count, hidden].
+  // pre[count, 2 width] and result[count, hidden].
   void forward(const T* rows, const int64_t* ids, int64_t count, const T* weight, T* pre, T* result) const {
     Buffer<T> activation(P::size(width, count)), weights(P::size(1, count)), out(P::size(kUnits, count));
     P::put(weight, count, weights, 1, 0);

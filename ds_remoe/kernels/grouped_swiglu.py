@@ -19,9 +19,7 @@ from ds_remoe.kernels.pair_groups import PairGroups
 from ds_remoe.kernels.swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
-def forward(
-    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, keep: bool = True
-) -> Tensor | None:
+def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
     """Add every pair's weighted result to its row of `out`.
 
     Args:
@@ -30,16 +28,24 @@ def forward(
         gate_up: [L, 2H, D], gate above up.
         down: [L, D, H].
         out: [num_out_rows, D], fp32 or wider; added into.
-        keep: False leaves it to `backward` to compute the pre-activation again, the same bits.
 
     Returns:
-        pre_activation [M, 2H] in the dtype of `rows`, which `backward` takes; None unless `keep`.
+        pre_activation [M, 2H] in the dtype of `rows`, which `backward` takes.
     """
-    if _cpu_serves(rows, groups):
-        return grouped_swiglu_cpu.forward(rows, groups, gate_up, down, out, keep)
-    other = _gpu().forward if use_triton(rows) else torch_forward
-    pre_activation: Tensor = other(rows, groups, gate_up, down, out)
-    return pre_activation if keep else None
+    kernel = _kernel(rows, groups)
+    if kernel is not None:
+        pre_activation: Tensor = kernel.forward(rows, groups, gate_up, down, out)
+        return pre_activation
+    return torch_forward(rows, groups, gate_up, down, out)
+
+
+def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
+    """The pre-activation alone, the same bits as `forward` returns: [M, 2H]."""
+    kernel = _kernel(rows, groups)
+    if kernel is not None:
+        pre_activation: Tensor = kernel.up_projection(rows, groups, gate_up)
+        return pre_activation
+    return torch_up_projection(rows, groups, gate_up)
 
 
 def backward(
@@ -48,7 +54,7 @@ def backward(
     groups: PairGroups,
     gate_up: Tensor,
     down: Tensor,
-    pre_activation: Tensor | None,
+    pre_activation: Tensor,
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
@@ -58,7 +64,7 @@ def backward(
 
     Args:
         grad_out: [num_out_rows, D], gradient of the result.
-        pre_activation: what `forward` returned; None has it computed again.
+        pre_activation: what `forward` returned.
         grad_rows: [M_rows, D], fp32 or wider; added into.
         grad_gate_up, grad_down: as gate_up and down; experts without pairs get zeros.
         accumulate: add into grad_gate_up and grad_down instead of overwriting them.
@@ -66,24 +72,19 @@ def backward(
     Returns:
         gradient of the routing weights, [M].
     """
-    outputs = (grad_rows, grad_gate_up, grad_down, accumulate)
-    if _cpu_serves(rows, groups):
-        return grouped_swiglu_cpu.backward(grad_out, rows, groups, gate_up, down, pre_activation, *outputs)
-    triton = use_triton(rows)
-    if pre_activation is None:
-        pre_activation = (_gpu().up_projection if triton else torch_up_projection)(rows, groups, gate_up)
-    other = _gpu().backward if triton else torch_backward
-    grad_weights_M: Tensor = other(grad_out, rows, groups, gate_up, down, pre_activation, *outputs)
-    return grad_weights_M
+    arguments = (grad_out, rows, groups, gate_up, down, pre_activation, grad_rows, grad_gate_up, grad_down, accumulate)
+    kernel = _kernel(rows, groups)
+    if kernel is not None:
+        grad_weights_M: Tensor = kernel.backward(*arguments)
+        return grad_weights_M
+    return torch_backward(*arguments)
 
 
-def recomputes_in_blocks(rows: Tensor, groups: PairGroups) -> bool:
-    """Whether pre-activations that are not kept exist for a block of rows at a time, however many pairs a call has."""
-    return _cpu_serves(rows, groups)
-
-
-def _cpu_serves(rows: Tensor, groups: PairGroups) -> bool:
-    return not use_triton(rows) and grouped_swiglu_cpu.serves(rows, groups)
+def _kernel(rows: Tensor, groups: PairGroups) -> ModuleType | None:
+    """The implementation that serves these tensors; None for the twin."""
+    if use_triton(rows):
+        return _gpu()
+    return grouped_swiglu_cpu if grouped_swiglu_cpu.serves(rows, groups) else None
 
 
 @functools.cache

@@ -10,8 +10,6 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <optional>
-
 #include "cpu_expert.h"
 #include "cpu_rows.h"
 #include "cpu_swiglu.h"
@@ -22,27 +20,40 @@ using namespace ds_remoe;
 
 constexpr int64_t kLeastUnits = 32;  // hidden units that a thread takes of a wide expert
 
+// `down` may be null where only the up-projection is wanted.
 template <typename T>
-Expert<T> expert_of(const Tensor& gate_up, const Tensor& down, int64_t index) {
-  const int64_t width = down.size(2), hidden = down.size(1);
-  return {gate_up.const_data_ptr<T>() + index * 2 * width * hidden, down.const_data_ptr<T>() + index * hidden * width,
+Expert<T> expert_of(const Tensor& gate_up, const T* down, int64_t index) {
+  const int64_t width = gate_up.size(1) / 2, hidden = gate_up.size(2);
+  return {gate_up.const_data_ptr<T>() + index * 2 * width * hidden, down ? down + index * hidden * width : nullptr,
           hidden, width};
 }
 
 template <typename T>
 Tensor forward_typed(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
-                     at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out, bool keep) {
+                     at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out) {
   const int64_t num_pairs = in_ids.size(0), width = down.size(2), hidden = rows.size(1);
-  Tensor pre = at::empty({keep ? num_pairs : 0, 2 * width}, rows.options());
+  Tensor pre = at::empty({num_pairs, 2 * width}, rows.options());
   Tensor results = at::empty({num_pairs, hidden}, rows.options());
   const int64_t* in = in_ids.const_data_ptr<int64_t>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
-    expert_of<T>(gate_up, down, block.expert)
+    expert_of<T>(gate_up, down.const_data_ptr<T>(), block.expert)
         .forward(rows.const_data_ptr<T>(), in + block.start, block.count, weights.const_data_ptr<T>() + block.start,
-                 keep ? pre.mutable_data_ptr<T>() + block.start * 2 * width : nullptr,
+                 pre.mutable_data_ptr<T>() + block.start * 2 * width,
                  results.mutable_data_ptr<T>() + block.start * hidden);
   });
   sum_into<T>(out, results, out_ids.const_data_ptr<int64_t>());
+  return pre;
+}
+
+template <typename T>
+Tensor up_projection_typed(const Tensor& rows, const Tensor& in_ids, at::IntArrayRef counts, const Tensor& gate_up) {
+  Tensor pre = at::empty({in_ids.size(0), gate_up.size(1)}, rows.options());
+  const int64_t* in = in_ids.const_data_ptr<int64_t>();
+  run_side_by_side(row_blocks(counts), [&](const Span& block) {
+    expert_of<T>(gate_up, nullptr, block.expert)
+        .up_projection(rows.const_data_ptr<T>(), in + block.start, block.count,
+                       pre.mutable_data_ptr<T>() + block.start * pre.size(1), [](auto...) {});
+  });
   return pre;
 }
 
@@ -51,41 +62,24 @@ template <typename T>
 struct Backward {
   const Tensor &grad_out, &rows, &gate_up, &down;
   const int64_t *in, *out;
-  const T *weight, *pre;  // null where pre-activations are to be computed again
+  const T *weight, *pre;
   Tensor &grad_gate_up, &grad_down;
   bool accumulate;
   Tensor results, grad_weights;
 
   int64_t width() const { return down.size(2); }
 
-  // A block's pre-activations: those that were kept, or computed into `scratch`, each `share` of rows on one thread.
-  const T* pre_of(const Span& block, int64_t share, std::optional<Buffer<T>>& scratch) const {
-    if (pre != nullptr) return pre + block.start * 2 * width();
-    scratch.emplace(block.count * 2 * width());
-    T* to = *scratch;
-    const auto compute = [&](const Span& some) {
-      expert_of<T>(gate_up, down, some.expert)
-          .up_projection(rows.const_data_ptr<T>(), in + some.start, some.count,
-                         to + (some.start - block.start) * 2 * width(), [](auto...) {});
-    };
-    if (share >= block.count) {
-      compute(block);
-    } else {
-      run_side_by_side(blocks_of(block, share), compute);
-    }
-    return to;
-  }
-
-  // Gradients of a block's rows by hidden units [first, first + units): those of the pre-activation into grad_gates and
-  // grad_ups, those of the weights added with `beta`, those of the routing weights into grad_weight.
-  void units(const Span& block, const T* block_pre, int64_t first, int64_t units, const Tensor& grad_result,
-             const Tensor& block_rows, Tensor grad_gates, Tensor grad_ups, T* grad_weight, int beta) const {
+  // Gradients of rows [start, start + count) by hidden units [first, first + units): those of the pre-activation into
+  // `grad_pre`, columns [gates | ups], those of the weights added with `beta`, those of the routing weights into
+  // grad_weight.
+  void units(const Span& block, int64_t first, int64_t units, const Tensor& grad_result, const Tensor& block_rows,
+             Tensor grad_gates, Tensor grad_ups, T* grad_weight, int beta) const {
     Tensor hidden = at::mm(grad_result, down[block.expert].narrow(1, first, units));
     T* h = hidden.mutable_data_ptr<T>();
     T *gates = grad_gates.mutable_data_ptr<T>(), *ups = grad_ups.mutable_data_ptr<T>();
     const int64_t stride = grad_gates.stride(0);
     for (int64_t i = 0; i < block.count; ++i) {
-      const T* row = block_pre + i * 2 * width() + first;
+      const T* row = pre + (block.start + i) * 2 * width() + first;
       grad_weight[i] = Activation<T>::backward_row(h + i * units, row, row + width(), weight[block.start + i],
                                                    gates + i * stride, ups + i * stride, units);
     }
@@ -107,10 +101,9 @@ struct Backward {
   template <bool add>
   void narrow_block(const Span& block) const {
     const int64_t index = block.expert, start = block.start, hidden = rows.size(1);
-    std::optional<Buffer<T>> scratch;
-    expert_of<T>(gate_up, down, index)
+    expert_of<T>(gate_up, down.const_data_ptr<T>(), index)
         .template backward<add>(grad_out.const_data_ptr<T>(), out + start, rows.const_data_ptr<T>(), in + start,
-                                block.count, weight + start, pre_of(block, block.count, scratch),
+                                block.count, weight + start, pre + start * 2 * width(),
                                 grad_gate_up.mutable_data_ptr<T>() + index * 2 * width() * hidden,
                                 grad_down.mutable_data_ptr<T>() + index * hidden * width(),
                                 grad_weights.mutable_data_ptr<T>() + start,
@@ -123,16 +116,13 @@ struct Backward {
     for (const Span& block : blocks_of(span, kBlockRows * threads)) {
       const Tensor grad_result = gather<T>(grad_out, out + block.start, block.count);
       const Tensor block_rows = gather<T>(rows, in + block.start, block.count);
-      const int64_t share = std::max((block.count + threads - 1) / threads, kLeastRows);
-      std::optional<Buffer<T>> scratch;
-      const T* block_pre = pre_of(block, share, scratch);
       Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
       Tensor partial = at::empty({parts, block.count}, grad_weights.options());
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         at::AutoDispatchBelowADInplaceOrView guard;
         for (int64_t p = begin; p < end; ++p) {
           const int64_t first = width() * p / parts, count = width() * (p + 1) / parts - first;
-          units(block, block_pre, first, count, grad_result, block_rows, grad_pre.narrow(1, first, count),
+          units(block, first, count, grad_result, block_rows, grad_pre.narrow(1, first, count),
                 grad_pre.narrow(1, width() + first, count), partial.mutable_data_ptr<T>() + p * block.count,
                 accumulate || block.start != span.start);
         }
@@ -144,6 +134,7 @@ struct Backward {
         for (int64_t p = 0; p < parts; ++p) sum += from[p * block.count + i];
         to[i] = sum;
       }
+      const int64_t share = std::max((block.count + threads - 1) / threads, kLeastRows);
       run_side_by_side(blocks_of(block, share), [&](const Span& some) {
         Tensor result = results.narrow(0, some.start, some.count);
         at::mm_out(result, grad_pre.narrow(0, some.start - block.start, some.count), gate_up[some.expert]);
@@ -155,8 +146,7 @@ struct Backward {
 template <typename T>
 Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
                       const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
-                      const std::optional<Tensor>& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down,
-                      bool accumulate) {
+                      const Tensor& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
   const int64_t num_pairs = in_ids.size(0);
   Backward<T> backward{grad_out,
                        rows,
@@ -165,7 +155,7 @@ Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& 
                        in_ids.const_data_ptr<int64_t>(),
                        out_ids.const_data_ptr<int64_t>(),
                        weights.const_data_ptr<T>(),
-                       pre ? pre->const_data_ptr<T>() : nullptr,
+                       pre.const_data_ptr<T>(),
                        grad_gate_up,
                        grad_down,
                        accumulate,
@@ -187,16 +177,20 @@ Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& 
 }
 
 Tensor forward(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
-               at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out, bool keep) {
+               at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out) {
   return rows.scalar_type() == at::kFloat
-             ? forward_typed<float>(rows, in_ids, out_ids, weights, counts, gate_up, down, out, keep)
-             : forward_typed<double>(rows, in_ids, out_ids, weights, counts, gate_up, down, out, keep);
+             ? forward_typed<float>(rows, in_ids, out_ids, weights, counts, gate_up, down, out)
+             : forward_typed<double>(rows, in_ids, out_ids, weights, counts, gate_up, down, out);
+}
+
+Tensor up_projection(const Tensor& rows, const Tensor& in_ids, at::IntArrayRef counts, const Tensor& gate_up) {
+  return rows.scalar_type() == at::kFloat ? up_projection_typed<float>(rows, in_ids, counts, gate_up)
+                                          : up_projection_typed<double>(rows, in_ids, counts, gate_up);
 }
 
 Tensor backward(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
                 const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
-                const std::optional<Tensor>& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down,
-                bool accumulate) {
+                const Tensor& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
   TORCH_CHECK(grad_gate_up.is_contiguous() && grad_down.is_contiguous(), "the weights' gradients must be contiguous");
   return rows.scalar_type() == at::kFloat
              ? backward_typed<float>(grad_out, rows, in_ids, out_ids, weights, counts, gate_up, down, pre, grad_rows,
@@ -210,11 +204,13 @@ Tensor backward(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids
 TORCH_LIBRARY(ds_remoe, library) {
   library.def(
       "grouped_swiglu(Tensor rows, Tensor in_ids, Tensor out_ids, Tensor weights, int[] counts, Tensor gate_up, "
-      "Tensor down, Tensor(a!) out, bool keep) -> Tensor",
+      "Tensor down, Tensor(a!) out) -> Tensor",
       &forward);
+  library.def("grouped_up_projection(Tensor rows, Tensor in_ids, int[] counts, Tensor gate_up) -> Tensor",
+              &up_projection);
   library.def(
       "grouped_swiglu_backward(Tensor grad_out, Tensor rows, Tensor in_ids, Tensor out_ids, Tensor weights, "
-      "int[] counts, Tensor gate_up, Tensor down, Tensor? pre_activation, Tensor(a!) grad_rows, "
-      "Tensor(b!) grad_gate_up, Tensor(c!) grad_down, bool accumulate) -> Tensor",
+      "int[] counts, Tensor gate_up, Tensor down, Tensor pre_activation, Tensor(a!) grad_rows, Tensor(b!) grad_gate_up, "
+      "Tensor(c!) grad_down, bool accumulate) -> Tensor",
       &backward);
 }

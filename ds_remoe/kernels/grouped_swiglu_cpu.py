@@ -14,11 +14,9 @@ def serves(rows: Tensor, groups: PairGroups) -> bool:
     return cpu_library.serves(rows, groups.weights_M)
 
 
-def forward(
-    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, keep: bool = True
-) -> Tensor | None:
+def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.forward."""
-    pre_activation: Tensor = torch.ops.ds_remoe.grouped_swiglu(
+    return torch.ops.ds_remoe.grouped_swiglu(
         rows.contiguous(),
         groups.in_row_ids_M.long().contiguous(),
         groups.out_row_ids_M.long().contiguous(),
@@ -27,9 +25,14 @@ def forward(
         gate_up.contiguous(),
         down.contiguous(),
         out,
-        keep,
     )
-    return pre_activation if keep else None
+
+
+def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
+    """See ds_remoe.kernels.grouped_swiglu.up_projection."""
+    return torch.ops.ds_remoe.grouped_up_projection(
+        rows.contiguous(), groups.in_row_ids_M.long().contiguous(), groups.counts_L, gate_up.contiguous()
+    )
 
 
 def backward(
@@ -38,13 +41,13 @@ def backward(
     groups: PairGroups,
     gate_up: Tensor,
     down: Tensor,
-    pre_activation: Tensor | None,
+    pre_activation: Tensor,
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
     accumulate: bool = False,
 ) -> Tensor:
-    """See ds_remoe.kernels.grouped_swiglu.backward; what is computed again exists for a block of rows at a time."""
+    """See ds_remoe.kernels.grouped_swiglu.backward."""
     return torch.ops.ds_remoe.grouped_swiglu_backward(
         grad_out.contiguous(),
         rows.contiguous(),

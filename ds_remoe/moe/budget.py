@@ -3,8 +3,7 @@
 Early in training each expert takes more than half of the tokens (stage I), so a layer has up to E/k times the pairs
 that it settles at. With a budget the pairs beyond it go through in chunks whose pre-activation [n, 2H] lives for the
 chunk alone, in forward, and again in backward, where it is computed anew: one GEMM of the forward's two, two thirds of
-its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget everything is kept. The
-CPU's kernel needs no chunks, as it computes the pre-activations of a block of rows where it uses them.
+its FLOPs, hence 2/9 of the layer's forward and backward for such a pair. Within the budget everything is kept.
 
 With expert parallelism the dense stage also brings nearly every token to every rank. The rows of a layer for which the
 budget has no room are not kept either but sent again in backward, which takes one exchange more. All ranks must agree
@@ -139,26 +138,6 @@ def plan_chunks(counts_L: Sequence[int], budget: ActivationBudget | None) -> lis
     if budget is not None:
         return budget.plan(counts_L)
     return [Chunk(slice(0, len(counts_L)), slice(0, sum(counts_L)), list(counts_L), continues=False, keep=True)]
-
-
-def merge_recomputed(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The same pairs with as few calls for those that are not kept as there can be, where a call needs no more memory
-    for more pairs. One that goes on with an expert which an earlier call began stays by itself."""
-    merged: list[Chunk] = []
-    for chunk in chunks:
-        last = merged[-1] if merged else None
-        if last is None or last.keep or chunk.keep or (last.continues and not chunk.continues):
-            merged.append(chunk)
-            continue
-        counts = list(last.counts)
-        if chunk.continues:
-            counts[-1] += chunk.counts[0]
-        else:
-            counts += chunk.counts
-        experts = slice(last.experts.start, chunk.experts.stop)
-        pairs = slice(last.pairs.start, chunk.pairs.stop)
-        merged[-1] = Chunk(experts, pairs, counts, last.continues, keep=False)
-    return merged
 
 
 def _cut(counts_L: Sequence[int], limit: int) -> Iterator[tuple[slice, list[int], bool]]:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import grouped_swiglu
 from ds_remoe.kernels.pair_groups import PairGroups
-from ds_remoe.moe.budget import ActivationBudget, Chunk, merge_recomputed, plan_chunks
+from ds_remoe.moe.budget import ActivationBudget, Chunk, plan_chunks
 from ds_remoe.moe.dispatch import ExchangePlan, send_again
 
 
@@ -44,9 +44,6 @@ def budgeted_swiglu(
     Returns:
         [num_out_rows, D] in the dtype of `rows`, summed in fp32 or wider.
     """
-    chunks = plan_chunks(groups.counts_L, budget)
-    if grouped_swiglu.recomputes_in_blocks(rows, groups):
-        chunks = merge_recomputed(chunks)
     result: Tensor = _BudgetedSwiGLU.apply(
         rows,
         groups.weights_M,
@@ -54,7 +51,7 @@ def budgeted_swiglu(
         down,
         groups.in_row_ids_M,
         groups.out_row_ids_M,
-        chunks,
+        plan_chunks(groups.counts_L, budget),
         num_out_rows,
         resend,
     )
@@ -79,10 +76,10 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         kept = []
         for chunk in chunks:
             pairs = _pairs_of(chunk, in_ids_M, out_ids_M, weights_M)
-            w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
-            pre_activation = grouped_swiglu.forward(rows, pairs, w_up, w_down, out, chunk.keep)
-            if pre_activation is not None:
+            pre_activation = grouped_swiglu.forward(rows, pairs, gate_up[chunk.experts], down[chunk.experts], out)
+            if chunk.keep:
                 kept.append(pre_activation)
+            del pre_activation  # before the next chunk's is made
         stages = () if resend is None else resend.stages
         source = [rows] if resend is None else [resend.home_TD, *(stage.row_tokens_N for stage in stages)]
         ctx.save_for_backward(weights_M, gate_up, down, in_ids_M, out_ids_M, *source, *kept)
@@ -102,18 +99,20 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         for chunk in ctx.chunks:
             pairs = _pairs_of(chunk, in_ids_M, out_ids_M, weights_M)
             w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
+            pre_activation = next(waiting) if chunk.keep else grouped_swiglu.up_projection(rows, pairs, w_up)
             grad_weights_M[chunk.pairs] = grouped_swiglu.backward(
                 grads[0],
                 rows,
                 pairs,
                 w_up,
                 w_down,
-                next(waiting) if chunk.keep else None,
+                pre_activation,
                 grad_rows,
                 grad_gate_up[chunk.experts],
                 grad_down[chunk.experts],
                 accumulate=chunk.continues,
             )
+            del pre_activation
         return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None, None
 
 
