@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
+from ds_remoe.kernels.cpu_library import load_cpu_library
 from ds_remoe.model.decoder import Decoder
 from ds_remoe.model.flops import flops_per_token, num_active_params, num_params
 
@@ -62,6 +63,7 @@ def test_the_papers_table_counts_embeddings_and_cuts_off_digits(
 
 def counted_flops(moe: MoEConfig) -> tuple[int, int]:
     """FLOPs of one training step as torch counts them, and the step's tokens."""
+    load_cpu_library()  # a counter knows the operators that exist when it is made
     decoder = Decoder(MODEL, moe, VOCAB, seed=0)
     tokens = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
     # The math kernel is made of matrix products that the counter sees; fused CPU kernels it does not know.

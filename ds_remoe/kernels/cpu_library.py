@@ -15,11 +15,13 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.utils import cpp_extension
+from torch.utils.flop_counter import register_flop_formula
 
 from ds_remoe.kernels.backend import kernels_wanted
 
@@ -50,7 +52,21 @@ def load_cpu_library() -> bool:
     except CompilerError as error:
         warnings.warn(f"the CPU kernels are not available, plain torch runs instead, slower: {error}", stacklevel=2)
         return False
+    for name, matrix_products in (("grouped_swiglu", 3), ("grouped_up_projection", 2), ("grouped_swiglu_backward", 6)):
+        _tell_flops(getattr(torch.ops.ds_remoe, name), matrix_products)
     return True
+
+
+def _tell_flops(operator: Any, matrix_products: int) -> None:
+    """Have a FlopCounterMode that is made from now on count the products of all pairs with so many [D, H] matrices."""
+    names = [argument.name for argument in operator.default._schema.arguments]
+    pairs, weights = names.index("in_ids"), names.index("gate_up")
+
+    def flops(*shapes: Any, **_: Any) -> int:
+        (num_pairs,), (_experts, double_width, hidden) = shapes[pairs], shapes[weights]
+        return matrix_products * num_pairs * double_width * hidden
+
+    register_flop_formula(operator)(flops)
 
 
 def serves(*tensors: Tensor) -> bool:
