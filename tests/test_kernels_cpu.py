@@ -28,18 +28,20 @@ def library() -> None:
     assert load_cpu_library(), "this machine has no working C++ compiler"
 
 
-def all_gradients(module: object, case: tuple[Tensor, ...], counts: list[int], accumulate: bool) -> list[Tensor]:
-    """Forward and backward of one implementation; gradients start at 1 so that accumulation shows."""
-    rows, in_ids, out_ids, weights, gate_up, down, grad_out = case
-    groups = PairGroups(in_ids, out_ids, weights, counts)
+def all_gradients(
+    module: object, case: tuple[Tensor, ...], counts: list[int], accumulate: tuple[bool, bool]
+) -> list[Tensor]:
+    """Forward and backward of one implementation; results start at 1 so that it shows which are added to."""
+    rows, ids, weights, gate_up, down, grad_out = case
+    groups = PairGroups(ids, weights, counts)
     prefix = "torch_" if module is grouped_swiglu else ""
-    out = torch.ones(grad_out.shape, dtype=rows.dtype)
-    pre = getattr(module, f"{prefix}forward")(rows, groups, gate_up, down, out)
+    out = torch.ones_like(rows)
+    pre = getattr(module, f"{prefix}forward")(rows, groups, gate_up, down, out, accumulate[0])
     again = getattr(module, f"{prefix}up_projection")(rows, groups, gate_up)
     assert torch.equal(pre, again)
     grad_rows, grad_gate_up, grad_down = torch.ones_like(rows), torch.ones_like(gate_up), torch.ones_like(down)
     grad_weights = getattr(module, f"{prefix}backward")(
-        grad_out, rows, groups, gate_up, down, pre, grad_rows, grad_gate_up, grad_down, accumulate
+        grad_out, rows, groups, gate_up, down, pre, grad_rows, grad_gate_up, grad_down, *accumulate
     )
     return [out, pre, grad_rows, grad_gate_up, grad_down, grad_weights]
 
@@ -51,18 +53,16 @@ def make_case(counts: list[int], num_rows: int, hidden: int, width: int, dtype: 
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     pairs = sum(counts)
-    in_ids = torch.randint(num_rows, (pairs,), generator=generator)
-    out_ids = torch.randint(num_rows + 2, (pairs,), generator=generator)
+    ids = torch.randint(num_rows, (pairs,), generator=generator)
     weights = torch.rand(pairs, generator=generator, dtype=dtype)
     experts = len(counts)
     return (
         normal(num_rows, hidden),
-        in_ids,
-        out_ids,
+        ids,
         weights,
         normal(experts, 2 * width, hidden) / hidden**0.5,
         normal(experts, hidden, width) / width**0.5,
-        normal(num_rows + 2, hidden),
+        normal(num_rows, hidden),
     )
 
 
@@ -73,11 +73,17 @@ def make_case(counts: list[int], num_rows: int, hidden: int, width: int, dtype: 
     hidden=st.integers(1, 19) | st.sampled_from([64, 65, 150]),  # sums and columns of several blocks
     width=st.integers(1, 19) | st.sampled_from([64, 65, 150]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    accumulate=st.booleans(),
+    accumulate=st.tuples(st.booleans(), st.booleans()),
     threads=st.sampled_from([1, 2, 3]),
 )
 def test_kernel_against_its_twin(
-    counts: list[int], num_rows: int, hidden: int, width: int, dtype: torch.dtype, accumulate: bool, threads: int
+    counts: list[int],
+    num_rows: int,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    accumulate: tuple[bool, bool],
+    threads: int,
 ) -> None:
     case = make_case(counts, num_rows, hidden, width, dtype)
     before = torch.get_num_threads()
@@ -98,10 +104,10 @@ def test_experts_of_several_blocks_and_the_same_bits_each_time(counts: list[int]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got, again = (all_gradients(grouped_swiglu_cpu, case, counts, False) for _ in range(2))
+        got, again = (all_gradients(grouped_swiglu_cpu, case, counts, (False, False)) for _ in range(2))
     finally:
         torch.set_num_threads(before)
-    for one, other in zip(got, all_gradients(grouped_swiglu, case, counts, False), strict=True):
+    for one, other in zip(got, all_gradients(grouped_swiglu, case, counts, (False, False)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
     for one, other in zip(got, again, strict=True):
         assert torch.equal(one, other)
@@ -158,8 +164,8 @@ def test_rotation_against_its_twin(sizes: tuple[int, int, int, int], heads_first
 
 def test_the_kernel_serves_this_machine() -> None:
     counts = [2, 0, 3]
-    rows, in_ids, out_ids, weights, *_ = make_case(counts, 4, 3, 2, torch.float32)
-    groups = PairGroups(in_ids, out_ids, weights, counts)
+    rows, ids, weights, *_ = make_case(counts, 4, 3, 2, torch.float32)
+    groups = PairGroups(ids, weights, counts)
     assert grouped_swiglu_cpu.serves(rows, groups)
     assert not grouped_swiglu_cpu.serves(rows.bfloat16(), groups)
 
@@ -170,8 +176,8 @@ import torch
 from ds_remoe.kernels import grouped_swiglu
 from ds_remoe.kernels.pair_groups import PairGroups
 ids = torch.tensor([0, 1])
-out = torch.zeros(2, 3)
-groups = PairGroups(ids, ids, torch.ones(2), [2])
+out = torch.empty(2, 3)
+groups = PairGroups(ids, torch.ones(2), [2])
 grouped_swiglu.forward(torch.ones(2, 3), groups, torch.ones(1, 4, 3), torch.ones(1, 3, 2), out)
 print(out.sum().item(), hasattr(torch.ops.ds_remoe, "grouped_swiglu"))
 """

@@ -44,9 +44,8 @@ def unpack_own(packed: exchange.Packed, prefix: Prefix, local: int, dtype: torch
     pairs, rows = len(packed.weight_ids_K), len(packed.row_tokens_N)
     assert len(packed.words) == pairs + rows * row_words
     dense, weights, _ = exchange.unpack_dense(packed.words, arrived, local, rows, pairs, dtype)
-    counts = dense.sum(dim=0, dtype=torch.int32)
-    starts = counts.cumsum(0, dtype=torch.int32) - counts
-    return dense, weights, *exchange.unpack(packed.words, arrived, starts, rows, pairs, dtype)
+    row_ids, values, order = exchange.unpack(packed.words, arrived, local, rows, pairs, dtype)
+    return dense, weights, row_ids, values, order.pairs_M, order.starts
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,7 +62,7 @@ def test_twins_against_the_definition(tokens: int, ranks: int, local: int, densi
     remote = [t for p, t in expected if p != me]
     assert torch.equal(packed.rows, x_TD[remote])
 
-    dense, weights, row_ids, values, positions = unpack_own(packed, prefix, local, torch.float64)
+    dense, weights, row_ids, values, by_row, starts = unpack_own(packed, prefix, local, torch.float64)
     block = [slice(p * local, (p + 1) * local) for p, _ in expected]
     for row, (columns, (_, t)) in enumerate(zip(block, expected, strict=True)):
         assert torch.equal(dense[row], mask_TE[t, columns])
@@ -71,7 +70,9 @@ def test_twins_against_the_definition(tokens: int, ranks: int, local: int, densi
     expert, row = torch.nonzero(dense.t(), as_tuple=True)
     assert torch.equal(row_ids, row)
     assert torch.equal(values, weights[row, expert])
-    assert torch.equal(weights_TE.t().flatten()[packed.weight_ids_K][positions], values)
+    assert torch.equal(weights_TE.t().flatten()[packed.weight_ids_K], values[by_row])
+    assert torch.equal(by_row, torch.sort(row_ids, stable=True).indices)
+    assert starts.diff().tolist() == dense.sum(dim=1).tolist()
 
     rows = torch.randn(len(expected), 3, dtype=torch.float64)
     sizes = [sum(q == p for q, _ in expected) for p in peers]
@@ -114,10 +115,9 @@ def compare_with_twins(device: str) -> None:
 
 def check_unpack(packed: exchange.Packed, prefix: Prefix, local: int) -> None:
     arrived, pairs, rows = prefix.of_peers(), len(packed.weight_ids_K), len(packed.row_tokens_N)
-    dense, _, *got = unpack_own(packed, prefix, local, torch.float32)
-    counts = dense.sum(dim=0, dtype=torch.int32)
-    starts = counts.cumsum(0, dtype=torch.int32) - counts
-    expected = exchange.torch_unpack(packed.words, arrived, starts, rows, pairs, torch.float32)
+    _, _, *got = unpack_own(packed, prefix, local, torch.float32)
+    row_ids, weights, order = exchange.torch_unpack(packed.words, arrived, local, rows, pairs, torch.float32)
+    expected = row_ids, weights, order.pairs_M, order.starts
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_remoe.kernels import relu_routing
+from ds_remoe.kernels.pair_groups import RowOrder
 from ds_remoe.moe.routers import ReLURouter, TopKRouter
-from ds_remoe.moe.routing import Routing
+from ds_remoe.moe.routing import RoutedPairs, Routing
 
 E, T = 5, 37
 
@@ -27,6 +28,10 @@ def make_logits(experts: int, tokens: int, density: float, seed: int, dtype: tor
     logits = torch.rand(experts, tokens, dtype=dtype, generator=generator) - (1 - density)
     logits[torch.rand(experts, tokens, generator=generator) < 0.1] = -0.0
     return logits
+
+
+def experts_of(pairs: RoutedPairs) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(pairs.counts_E, device=pairs.token_ids_N.device))
 
 
 cases = {
@@ -49,8 +54,9 @@ def test_pairs_are_the_positive_entries_expert_by_expert(
         (t, e, float(logits[e, t])) for e in range(experts) for t in range(tokens) if used[t] and logits[e, t] > 0
     ]
     routing, weight_sums = Routing.from_relu_(logits.clone(), used.int() if padded else None)
-    got = [ids.tolist() for ids in routing.pairs(int(routing.counts_E.sum()))]
-    assert list(zip(*got, strict=True)) == expected
+    pairs = routing.pairs()
+    got = zip(pairs.token_ids_N.tolist(), experts_of(pairs).tolist(), pairs.weights_N.tolist(), strict=True)
+    assert list(got) == expected
     assert routing.counts_E.tolist() == [sum(e == expert for _, e, _ in expected) for expert in range(experts)]
     for expert, total in enumerate(weight_sums.tolist()):
         assert math.isclose(total, sum(weight for _, e, weight in expected if e == expert), abs_tol=1e-12)
@@ -86,8 +92,10 @@ def test_gradient_of_the_logits_is_autograds(
     (expected,) = torch.autograd.grad(plain, logits)
 
     routing, sums = Routing.from_relu_(logits.clone(), used if padded else None)
-    token_ids, expert_ids, weights_N = routing.pairs(int(routing.counts_E.sum()))
-    ours = loss(weights_N, by_pair[expert_ids, token_ids], sums, routing.weights_TE, routing.mask_TE)
+    pairs = routing.pairs()
+    ours = loss(
+        pairs.weights_N, by_pair[experts_of(pairs), pairs.token_ids_N], sums, routing.weights_TE, routing.mask_TE
+    )
     (got,) = torch.autograd.grad(ours, logits)
     assert float(ours.detach()) == pytest.approx(float(plain.detach()), abs=1e-11)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
@@ -103,8 +111,7 @@ def test_a_gradient_outside_the_mask_goes_nowhere() -> None:
 def test_pairs_can_be_listed_twice() -> None:
     logits = make_logits(E, T, 0.3, 0).requires_grad_()
     routing, _ = Routing.from_relu_(logits.clone())
-    count = int(routing.counts_E.sum())
-    (routing.pairs(count)[2].sum() + 2 * routing.pairs(count)[2].sum()).backward()
+    (routing.pairs().weights_N.sum() + 2 * routing.pairs().weights_N.sum()).backward()
     assert torch.equal(logits.grad, 3 * routing.mask_TE.t().double())
 
 
@@ -118,9 +125,8 @@ def test_backward_keeps_no_dense_weights() -> None:
     logits = make_logits(E, T, 0.3, 0).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         routing, sums = Routing.from_relu_(logits * 1.0)
-        count = int(routing.counts_E.sum())
-        (routing.pairs(count)[2].sum() + sums.sum()).backward()
-    assert sorted(tensor.nbytes for tensor in kept.values()) == sorted([E * T, 8 * count])
+        (routing.pairs().weights_N.sum() + sums.sum()).backward()
+    assert sorted(tensor.nbytes for tensor in kept.values()) == sorted([E * T, 8 * int(routing.counts_E.sum())])
 
 
 def test_a_nan_logit_shows_in_the_loss_and_routes_nothing() -> None:
@@ -129,7 +135,7 @@ def test_a_nan_logit_shows_in_the_loss_and_routes_nothing() -> None:
     routing, sums = Routing.from_relu_(logits)
     assert sums.isnan().tolist() == [e == 2 for e in range(E)]
     assert not routing.mask_TE[5, 2]
-    assert not routing.pairs(int(routing.counts_E.sum()))[2].isnan().any()
+    assert not routing.pairs().weights_N.isnan().any()
 
 
 def test_logits_by_token_are_refused() -> None:
@@ -142,7 +148,8 @@ def test_topk_pairs_and_their_gradient() -> None:
     router = TopKRouter(6, E, 2).double()
     x = torch.randn(T, 6, dtype=torch.float64)
     routing, _ = router(x)
-    token_ids, expert_ids, weights_N = routing.pairs(2 * T)
+    pairs = routing.pairs()
+    token_ids, expert_ids, weights_N = pairs.token_ids_N, experts_of(pairs), pairs.weights_N
     assert expert_ids.tolist() == sorted(expert_ids.tolist())
     upstream = torch.randn(2 * T, dtype=torch.float64)
     (got,) = torch.autograd.grad((upstream * weights_N).sum(), router.wg.weight)
@@ -189,10 +196,14 @@ def compare_with_twin(device: str) -> None:
         torch.testing.assert_close(found.weight_sums_E, expected.weight_sums_E, rtol=1e-5, atol=1e-5)
 
         count = int(expected.counts_E.sum())
-        pairs = relu_routing.compact(weights, found.mask_ET, found.counts_E, found.block_starts, count)
+        places = relu_routing.token_places(found.mask_ET, found.block_starts)
+        pairs = relu_routing.compact(weights, found.mask_ET, found.counts_E, found.block_starts, places, count)
         twin = relu_routing.torch_compact(weights, expected.mask_ET, expected.counts_E, count)
-        for name in ("token_ids_N", "expert_ids_N", "weights_N"):
+        for name in ("token_ids_N", "weights_N"):
             exactly(getattr(pairs, name), getattr(twin, name))
+        order = RowOrder.of(twin.token_ids_N, tokens)
+        exactly(pairs.by_token_N, order.pairs_M.int())
+        exactly(places.starts, order.starts)
 
         upstream = torch.arange(1.0, count + 1, device=device)
         dense = relu_routing.compact_backward(upstream, found.mask_ET, pairs.positions)
@@ -219,7 +230,8 @@ def compare_with_twin(device: str) -> None:
     router = ReLURouter(6, 4, 1).to(device).eval()
     x = torch.randn(50, 6, device=device)
     routing, loss = router(x)
-    token_ids, expert_ids, weights_N = routing.pairs(int(routing.counts_E.sum()))
+    pairs = routing.pairs()
+    token_ids, expert_ids, weights_N = pairs.token_ids_N, experts_of(pairs), pairs.weights_N
     (got,) = torch.autograd.grad(weights_N.square().sum() + 1e8 * loss, router.wg.weight)
     weights = torch.relu(x @ router.wg.weight.t())
     exactly(torch.stack([expert_ids, token_ids]), weights.t().nonzero().t())

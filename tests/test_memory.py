@@ -115,21 +115,20 @@ def test_a_settled_router_and_a_full_budget_keep_their_rows(ep: int, local: int,
 
 
 def make_case(counts: list[int]) -> tuple[dict[str, Tensor], PairGroups]:
-    """Leaves in fp64 and the pairs; a row may meet one expert once, and rows of the input are not those of the sum."""
+    """Leaves in fp64 and the pairs; a row may meet one expert once."""
     generator = torch.Generator().manual_seed(sum(counts))
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
     ids = [torch.randperm(ROWS, generator=generator)[:count] for count in counts]
-    outs = [torch.randperm(ROWS, generator=generator)[:count] for count in counts]
     leaves = {
         "rows": draw(ROWS, D),
         "weights": draw(sum(counts)),
         "gate_up": draw(len(counts), 2 * H, D),
         "down": draw(len(counts), D, H),
     }
-    return leaves, PairGroups(torch.cat(ids), torch.cat(outs), leaves["weights"], counts)
+    return leaves, PairGroups(torch.cat(ids), leaves["weights"], counts)
 
 
 def gradients_of(output: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +140,7 @@ def gradients_of(output: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]
 def run(counts: list[int], sizes: tuple[int, int] | None) -> dict[str, Tensor]:
     leaves, groups = make_case(counts)
     budget = new_budget(sizes)
-    output = budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, budget)
+    output = budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], budget)
     return gradients_of(output, leaves)
 
 
@@ -149,9 +148,9 @@ def dense_sum(counts: list[int]) -> dict[str, Tensor]:
     leaves, groups = make_case(counts)
     output = torch.zeros(ROWS, D, dtype=torch.float64) + 0 * sum(leaf.sum() for leaf in leaves.values())
     for expert, span in groups.spans():
-        gate, up = (leaves["rows"][groups.in_row_ids_M[span]] @ leaves["gate_up"][expert].t()).chunk(2, dim=-1)
+        gate, up = (leaves["rows"][groups.row_ids_M[span]] @ leaves["gate_up"][expert].t()).chunk(2, dim=-1)
         result = (nn.functional.silu(gate) * up) @ leaves["down"][expert].t() * leaves["weights"][span].unsqueeze(-1)
-        output = output.index_add(0, groups.out_row_ids_M[span], result)
+        output = output.index_add(0, groups.row_ids_M[span], result)
     return gradients_of(output, leaves)
 
 
@@ -197,9 +196,7 @@ def test_only_the_budget_is_kept() -> None:
 
         leaves, groups = make_case(counts)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            budgeted_swiglu(
-                leaves["rows"], groups, leaves["gate_up"], leaves["down"], ROWS, new_budget(sizes_of_budget)
-            )
+            budgeted_swiglu(leaves["rows"], groups, leaves["gate_up"], leaves["down"], new_budget(sizes_of_budget))
         return sum(sizes)
 
     pair_bytes = 2 * H * 8
@@ -232,9 +229,7 @@ def test_other_modules_run_again_beyond_the_budget() -> None:
         with torch.no_grad():
             for parameter in experts.parameters():
                 parameter.fill_(0.3)
-        dispatched = Dispatched(
-            leaves["rows"], groups.in_row_ids_M, groups.out_row_ids_M, leaves["weights"], counts, ROWS, None
-        )
+        dispatched = Dispatched(leaves["rows"], groups.row_ids_M, leaves["weights"], counts, None, None)
         parameters = dict(experts.named_parameters())
         leaves = {"rows": leaves["rows"], "weights": leaves["weights"], **parameters}
         results.append(gradients_of(experts(dispatched, budget), leaves))

@@ -59,11 +59,11 @@ struct Expert {
   // Gradients of the rows into result[count, hidden], of the routing weights into grad_weight[count], and of the
   // expert's weights, added to what is there or instead of it.
   template <bool add>
-  void backward(const T* grad_out, const int64_t* out_ids, const T* rows, const int64_t* in_ids, int64_t count,
-                const T* weight, const T* pre, T* grad_gate_up, T* grad_down, T* grad_weight, T* result) const {
+  void backward(const T* grad_out, const T* rows, const int64_t* ids, int64_t count, const T* weight, const T* pre,
+                T* grad_gate_up, T* grad_down, T* grad_weight, T* result) const {
     Buffer<T> grad_blocks(count * hidden), activation(P::size(count, width)), gates(count * width), ups(count * width);
     Buffer<T> tokens(P::size(count, hidden));
-    gather_blocks(grad_out, out_ids, count, grad_blocks);
+    gather_blocks(grad_out, ids, count, grad_blocks);
     P::times_matrix(grad_blocks, count, hidden, down, width, activation, false);
     activate(weight, pre, count, activation, gates, ups, grad_weight);
 
@@ -72,7 +72,7 @@ struct Expert {
     P::template add_outer<add>(transposed, hidden, count, activation, width, grad_down);
 
     transposed = activation;  // no longer in use
-    for (int64_t i = 0; i < count; ++i) P::put(rows + in_ids[i] * hidden, hidden, tokens, count, i);
+    for (int64_t i = 0; i < count; ++i) P::put(rows + ids[i] * hidden, hidden, tokens, count, i);
     transpose_blocks(gates, count, width, transposed);
     P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up);
     transpose_blocks(ups, count, width, transposed);

@@ -60,7 +60,7 @@ def load_cpu_library() -> bool:
 def _tell_flops(operator: Any, matrix_products: int) -> None:
     """Have a FlopCounterMode that is made from now on count the products of all pairs with so many [D, H] matrices."""
     names = [argument.name for argument in operator.default._schema.arguments]
-    pairs, weights = names.index("in_ids"), names.index("gate_up")
+    pairs, weights = names.index("row_ids"), names.index("gate_up")
 
     def flops(*shapes: Any, **_: Any) -> int:
         (num_pairs,), (_experts, double_width, hidden) = shapes[pairs], shapes[weights]

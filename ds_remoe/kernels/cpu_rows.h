@@ -93,9 +93,9 @@ Tensor gather(const Tensor& source, const int64_t* ids, int64_t count) {
   return rows;
 }
 
-// target[ids[m]] += values[m], in the order of m within a row.
+// target[row] = Σ values[m] over the pairs m with ids[m] = row, in their order; `accumulate` adds that to what is there.
 template <typename T>
-void sum_into(Tensor& target, const Tensor& values, const int64_t* ids) {
+void sum_into(Tensor& target, const Tensor& values, const int64_t* ids, bool accumulate) {
   const int64_t width = target.size(1), num_rows = target.size(0), num_pairs = values.size(0);
   std::vector<int64_t> first(num_rows + 1, 0), pairs(num_pairs);
   for (int64_t m = 0; m < num_pairs; ++m) ++first[ids[m] + 1];
@@ -109,7 +109,15 @@ void sum_into(Tensor& target, const Tensor& values, const int64_t* ids) {
   at::parallel_for(0, num_rows, grain(width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* sum = to + row * width;
-      for (int64_t i = first[row]; i < first[row + 1]; ++i) {
+      int64_t i = first[row];
+      if (!accumulate) {
+        if (i == first[row + 1]) {
+          std::fill_n(sum, width, T(0));
+          continue;
+        }
+        std::memcpy(sum, from + pairs[i++] * width, width * sizeof(T));
+      }
+      for (; i < first[row + 1]; ++i) {
         const T* value = from + pairs[i] * width;
         for (int64_t d = 0; d < width; ++d) sum[d] += value[d];
       }

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_remoe.kernels.backend import use_triton
+from ds_remoe.kernels.pair_groups import RowOrder
 
 
 @dataclass(frozen=True)
@@ -122,28 +123,24 @@ def pack(
 
 
 def unpack(
-    words: Tensor,
-    arrived: PeerPrefix,
-    expert_starts_L: Tensor,
-    num_rows: int,
-    num_pairs: int,
-    weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    words: Tensor, arrived: PeerPrefix, num_experts: int, num_rows: int, num_pairs: int, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, RowOrder]:
     """List the pairs that arrived, grouped by expert and by row within an expert.
 
     Args:
         words: as packed, of all peers.
         arrived: rows and pairs before each peer.
-        expert_starts_L: int32, pairs of the experts before each one.
+        num_experts: L.
         num_rows, num_pairs: totals.
         weight_dtype: of the weights.
 
     Returns:
-        row_ids_M (int64), weights_M, and positions_M (int64), the place of each pair in the order of arrival.
+        row_ids_M (int64), weights_M, and the pairs row by row, which is their order of arrival.
     """
     if num_pairs and use_triton(words) and weight_dtype == torch.float32:
-        return _triton().unpack(words, arrived, expert_starts_L, num_pairs)
-    return torch_unpack(words, arrived, expert_starts_L, num_rows, num_pairs, weight_dtype)
+        row_ids_M, weights_M, by_row_M, starts = _triton().unpack(words, arrived, num_experts, num_rows, num_pairs)
+        return row_ids_M, weights_M, RowOrder(by_row_M, starts)
+    return torch_unpack(words, arrived, num_experts, num_rows, num_pairs, weight_dtype)
 
 
 def unpack_dense(
@@ -209,19 +206,16 @@ def torch_pack(
 
 
 def torch_unpack(
-    words: Tensor,
-    arrived: PeerPrefix,
-    expert_starts_L: Tensor,
-    num_rows: int,
-    num_pairs: int,
-    weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    words: Tensor, arrived: PeerPrefix, num_experts: int, num_rows: int, num_pairs: int, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, RowOrder]:
     """The plain-torch twin."""
-    weights_K, mask_NL = _read_words(words, arrived, len(expert_starts_L), num_rows, num_pairs, weight_dtype)
-    expert_M, row_ids_M = torch.nonzero_static(mask_NL.t(), size=num_pairs).unbind(1)
-    position_NL = (mask_NL.flatten().cumsum(0) - 1).view_as(mask_NL)
-    positions_M = position_NL[row_ids_M, expert_M]
-    return row_ids_M, weights_K[positions_M], positions_M
+    weights_K, mask_NL = _read_words(words, arrived, num_experts, num_rows, num_pairs, weight_dtype)
+    row_ids_K, expert_K = torch.nonzero_static(mask_NL, size=num_pairs).unbind(1)
+    place_LN = (mask_NL.t().flatten().cumsum(0, dtype=torch.int32) - 1).view(num_experts, num_rows)
+    by_row_M = place_LN[expert_K, row_ids_K]
+    row_ids_M, weights_M = torch.empty_like(row_ids_K), torch.empty_like(weights_K)
+    row_ids_M[by_row_M], weights_M[by_row_M] = row_ids_K, weights_K
+    return row_ids_M, weights_M, RowOrder(by_row_M, _upto(mask_NL.sum(dim=1)))
 
 
 def torch_combine_rows(

@@ -85,50 +85,68 @@ def _count_bits(word):
 
 
 @triton.jit
+def _rows_of_block(peer_rows, peer_pairs, rows, row_words, peers, BLOCK: tl.constexpr):
+    """(rows of this program, which exist, where the masks and the weights of their peer begin, less what the index
+    of a row or a pair among all peers says already)."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    masks_at = tl.zeros((BLOCK,), dtype=tl.int64)
+    weights_at = tl.zeros((BLOCK,), dtype=tl.int64)
+    for peer in range(peers):
+        first_row = tl.load(peer_rows + peer)
+        masks_at = tl.where(row >= first_row, tl.load(peer_pairs + peer + 1), masks_at)
+        weights_at = tl.where(row >= first_row, first_row.to(tl.int64) * row_words, weights_at)
+    return row, row < rows, masks_at + row.to(tl.int64) * row_words, weights_at
+
+
+@triton.jit
+def _count_kernel(words, peer_rows, peer_pairs, counts, rows, experts, row_words, peers, BLOCK: tl.constexpr):
+    """One program a block of rows: counts the pairs of each row, and in the block those of each expert."""
+    row, inside, masks_at, _ = _rows_of_block(peer_rows, peer_pairs, rows, row_words, peers, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.int32)
+    for word in range(row_words):
+        value = tl.load(words + masks_at + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        total += _count_bits(value)
+        for bit in range(min(32, experts - 32 * word)):
+            block = (32 * word + bit) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(counts + rows + 1 + block, tl.sum(((value >> bit) & 1).to(tl.int32), axis=0))
+    tl.store(counts + 1 + row, total, mask=inside)
+    tl.store(counts + row, 0, mask=row == 0)
+
+
+@triton.jit
 def _unpack_kernel(
     words,
     peer_rows,
     peer_pairs,
-    expert_starts,
+    starts,
     row_ids,
     weights,
-    positions,
+    by_row,
+    rows,
+    pairs,
     row_words,
     peers,
     BLOCK: tl.constexpr,
 ):
-    """One program an expert: it walks through all rows in order and lists those that it has a pair with."""
-    expert = tl.program_id(0)
-    own_word = expert // 32
+    """One program an expert and block of rows: it lists those that the expert has a pair with."""
+    row, inside, masks_at, weights_at = _rows_of_block(peer_rows, peer_pairs, rows, row_words, peers, BLOCK)
+    expert = tl.program_id(1)
     own_bit = expert % 32
-    target = tl.load(expert_starts + expert).to(tl.int64)
-    for peer in range(peers):
-        first_row = tl.load(peer_rows + peer).to(tl.int64)
-        end_row = tl.load(peer_rows + peer + 1).to(tl.int64)
-        pair = tl.load(peer_pairs + peer).to(tl.int64)
-        masks = words + tl.load(peer_pairs + peer + 1).to(tl.int64)
-        for start in range(first_row, end_row, BLOCK):
-            row = start + tl.arange(0, BLOCK)
-            inside = row < end_row
-            total = tl.zeros((BLOCK,), dtype=tl.int32)
-            before = tl.zeros((BLOCK,), dtype=tl.int32)
-            mine = tl.zeros((BLOCK,), dtype=tl.int32)
-            for word in range(row_words):
-                value = tl.load(masks + row * row_words + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
-                count = _count_bits(value)
-                below = _count_bits(value & ((tl.full((BLOCK,), 1, tl.uint32) << own_bit) - 1))
-                total += count
-                before += tl.where(word < own_word, count, tl.where(word == own_word, below, 0))
-                mine += tl.where(word == own_word, ((value >> own_bit) & 1).to(tl.int32), 0)
-            position = pair + tl.cumsum(total, axis=0) - total + before
-            place = target + tl.cumsum(mine, axis=0) - mine
-            taken = mine != 0
-            weight = tl.load(words + position + row_words * first_row, mask=taken, other=0)
-            tl.store(row_ids + place, row, mask=taken)
-            tl.store(positions + place, position, mask=taken)
-            tl.store(weights + place, weight.to(tl.float32, bitcast=True), mask=taken)
-            pair += tl.sum(total, axis=0)
-            target += tl.sum(mine, axis=0)
+    before = tl.zeros((BLOCK,), dtype=tl.int32)
+    for word in range(expert // 32):
+        value = tl.load(words + masks_at + word, mask=inside, other=0)
+        before += _count_bits(value.to(tl.uint32, bitcast=True))
+    value = tl.load(words + masks_at + expert // 32, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    before += _count_bits(value & ((tl.full((BLOCK,), 1, tl.uint32) << own_bit) - 1))
+    mine = ((value >> own_bit) & 1).to(tl.int32)
+    taken = mine != 0
+    start = tl.load(starts + rows + expert * tl.num_programs(0) + tl.program_id(0)) - pairs
+    place = start + tl.cumsum(mine, axis=0) - 1
+    position = tl.load(starts + row, mask=taken, other=0) + before
+    weight = tl.load(words + weights_at + position, mask=taken, other=0)
+    tl.store(row_ids + place, row.to(tl.int64), mask=taken)
+    tl.store(weights + place, weight.to(tl.float32, bitcast=True), mask=taken)
+    tl.store(by_row + position, place, mask=taken)
 
 
 @triton.jit
@@ -195,26 +213,32 @@ def pack(
 
 @on_its_device
 def unpack(
-    words: Tensor, arrived: PeerPrefix, expert_starts_L: Tensor, num_pairs: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ds_remoe.kernels.exchange.unpack."""
-    experts = len(expert_starts_L)
+    words: Tensor, arrived: PeerPrefix, num_experts: int, num_rows: int, num_pairs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ds_remoe.kernels.exchange.unpack; the fields of the order are the last two."""
     row_ids_M = torch.empty(num_pairs, dtype=torch.int64, device=words.device)
-    positions_M = torch.empty_like(row_ids_M)
     weights_M = torch.empty(num_pairs, dtype=torch.float32, device=words.device)
-    _unpack_kernel[(experts,)](
-        words,
-        arrived.rows,
-        arrived.pairs,
-        expert_starts_L,
+    by_row_M = torch.empty(num_pairs, dtype=torch.int32, device=words.device)
+    blocks, row_words = triton.cdiv(num_rows, ROWS_AT_ONCE), mask_words(num_experts, torch.int32)
+    peers = len(arrived.rows) - 1
+    # A zero, the pairs of each row, and those of each expert and block: one running sum gives the places of both.
+    starts = torch.empty(1 + num_rows + num_experts * blocks, dtype=torch.int32, device=words.device)
+    sides = words, arrived.rows, arrived.pairs
+    _count_kernel[(blocks,)](*sides, starts, num_rows, num_experts, row_words, peers, BLOCK=ROWS_AT_ONCE)
+    starts.cumsum_(0)
+    _unpack_kernel[(blocks, num_experts)](
+        *sides,
+        starts,
         row_ids_M,
         weights_M,
-        positions_M,
-        mask_words(experts, torch.int32),
-        len(arrived.rows) - 1,
+        by_row_M,
+        num_rows,
+        num_pairs,
+        row_words,
+        peers,
         BLOCK=ROWS_AT_ONCE,
     )
-    return row_ids_M, weights_M, positions_M
+    return row_ids_M, weights_M, by_row_M, starts[: num_rows + 1]
 
 
 @on_its_device

@@ -29,29 +29,29 @@ Expert<T> expert_of(const Tensor& gate_up, const T* down, int64_t index) {
 }
 
 template <typename T>
-Tensor forward_typed(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
-                     at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out) {
-  const int64_t num_pairs = in_ids.size(0), width = down.size(2), hidden = rows.size(1);
+Tensor forward_typed(const Tensor& rows, const Tensor& row_ids, const Tensor& weights, at::IntArrayRef counts,
+                     const Tensor& gate_up, const Tensor& down, Tensor& out, bool accumulate) {
+  const int64_t num_pairs = row_ids.size(0), width = down.size(2), hidden = rows.size(1);
   Tensor pre = at::empty({num_pairs, 2 * width}, rows.options());
   Tensor results = at::empty({num_pairs, hidden}, rows.options());
-  const int64_t* in = in_ids.const_data_ptr<int64_t>();
+  const int64_t* ids = row_ids.const_data_ptr<int64_t>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
     expert_of<T>(gate_up, down.const_data_ptr<T>(), block.expert)
-        .forward(rows.const_data_ptr<T>(), in + block.start, block.count, weights.const_data_ptr<T>() + block.start,
+        .forward(rows.const_data_ptr<T>(), ids + block.start, block.count, weights.const_data_ptr<T>() + block.start,
                  pre.mutable_data_ptr<T>() + block.start * 2 * width,
                  results.mutable_data_ptr<T>() + block.start * hidden);
   });
-  sum_into<T>(out, results, out_ids.const_data_ptr<int64_t>());
+  sum_into<T>(out, results, ids, accumulate);
   return pre;
 }
 
 template <typename T>
-Tensor up_projection_typed(const Tensor& rows, const Tensor& in_ids, at::IntArrayRef counts, const Tensor& gate_up) {
-  Tensor pre = at::empty({in_ids.size(0), gate_up.size(1)}, rows.options());
-  const int64_t* in = in_ids.const_data_ptr<int64_t>();
+Tensor up_projection_typed(const Tensor& rows, const Tensor& row_ids, at::IntArrayRef counts, const Tensor& gate_up) {
+  Tensor pre = at::empty({row_ids.size(0), gate_up.size(1)}, rows.options());
+  const int64_t* ids = row_ids.const_data_ptr<int64_t>();
   run_side_by_side(row_blocks(counts), [&](const Span& block) {
     expert_of<T>(gate_up, nullptr, block.expert)
-        .up_projection(rows.const_data_ptr<T>(), in + block.start, block.count,
+        .up_projection(rows.const_data_ptr<T>(), ids + block.start, block.count,
                        pre.mutable_data_ptr<T>() + block.start * pre.size(1), [](auto...) {});
   });
   return pre;
@@ -61,7 +61,7 @@ Tensor up_projection_typed(const Tensor& rows, const Tensor& in_ids, at::IntArra
 template <typename T>
 struct Backward {
   const Tensor &grad_out, &rows, &gate_up, &down;
-  const int64_t *in, *out;
+  const int64_t* ids;
   const T *weight, *pre;
   Tensor &grad_gate_up, &grad_down;
   bool accumulate;
@@ -102,8 +102,8 @@ struct Backward {
   void narrow_block(const Span& block) const {
     const int64_t index = block.expert, start = block.start, hidden = rows.size(1);
     expert_of<T>(gate_up, down.const_data_ptr<T>(), index)
-        .template backward<add>(grad_out.const_data_ptr<T>(), out + start, rows.const_data_ptr<T>(), in + start,
-                                block.count, weight + start, pre + start * 2 * width(),
+        .template backward<add>(grad_out.const_data_ptr<T>(), rows.const_data_ptr<T>(), ids + start, block.count,
+                                weight + start, pre + start * 2 * width(),
                                 grad_gate_up.mutable_data_ptr<T>() + index * 2 * width() * hidden,
                                 grad_down.mutable_data_ptr<T>() + index * hidden * width(),
                                 grad_weights.mutable_data_ptr<T>() + start,
@@ -114,8 +114,8 @@ struct Backward {
   void wide(const Span& span) {
     const int64_t threads = at::get_num_threads(), parts = std::clamp<int64_t>(width() / kLeastUnits, 1, threads);
     for (const Span& block : blocks_of(span, kBlockRows * threads)) {
-      const Tensor grad_result = gather<T>(grad_out, out + block.start, block.count);
-      const Tensor block_rows = gather<T>(rows, in + block.start, block.count);
+      const Tensor grad_result = gather<T>(grad_out, ids + block.start, block.count);
+      const Tensor block_rows = gather<T>(rows, ids + block.start, block.count);
       Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
       Tensor partial = at::empty({parts, block.count}, grad_weights.options());
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -144,27 +144,27 @@ struct Backward {
 };
 
 template <typename T>
-Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
-                      const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
-                      const Tensor& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
-  const int64_t num_pairs = in_ids.size(0);
+Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& row_ids, const Tensor& weights,
+                      at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, const Tensor& pre,
+                      Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate_rows,
+                      bool accumulate_weights) {
+  const int64_t num_pairs = row_ids.size(0);
   Backward<T> backward{grad_out,
                        rows,
                        gate_up,
                        down,
-                       in_ids.const_data_ptr<int64_t>(),
-                       out_ids.const_data_ptr<int64_t>(),
+                       row_ids.const_data_ptr<int64_t>(),
                        weights.const_data_ptr<T>(),
                        pre.const_data_ptr<T>(),
                        grad_gate_up,
                        grad_down,
-                       accumulate,
+                       accumulate_weights,
                        at::empty({num_pairs, rows.size(1)}, rows.options()),
                        at::empty({num_pairs}, weights.options())};
   const Spans spans(counts);
   for (const Span& span : spans.wide) backward.wide(span);
   run_side_by_side(spans.narrow, [&](const Span& span) { backward.narrow(span); });
-  if (!accumulate) {
+  if (!accumulate_weights) {
     for (size_t e = 0; e < counts.size(); ++e) {
       if (counts[e] == 0) {
         grad_gate_up[e].zero_();
@@ -172,44 +172,42 @@ Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& 
       }
     }
   }
-  sum_into<T>(grad_rows, backward.results, backward.in);
+  sum_into<T>(grad_rows, backward.results, backward.ids, accumulate_rows);
   return backward.grad_weights;
 }
 
-Tensor forward(const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids, const Tensor& weights,
-               at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, Tensor& out) {
+Tensor forward(const Tensor& rows, const Tensor& row_ids, const Tensor& weights, at::IntArrayRef counts,
+               const Tensor& gate_up, const Tensor& down, Tensor& out, bool accumulate) {
   return rows.scalar_type() == at::kFloat
-             ? forward_typed<float>(rows, in_ids, out_ids, weights, counts, gate_up, down, out)
-             : forward_typed<double>(rows, in_ids, out_ids, weights, counts, gate_up, down, out);
+             ? forward_typed<float>(rows, row_ids, weights, counts, gate_up, down, out, accumulate)
+             : forward_typed<double>(rows, row_ids, weights, counts, gate_up, down, out, accumulate);
 }
 
-Tensor up_projection(const Tensor& rows, const Tensor& in_ids, at::IntArrayRef counts, const Tensor& gate_up) {
-  return rows.scalar_type() == at::kFloat ? up_projection_typed<float>(rows, in_ids, counts, gate_up)
-                                          : up_projection_typed<double>(rows, in_ids, counts, gate_up);
+Tensor up_projection(const Tensor& rows, const Tensor& row_ids, at::IntArrayRef counts, const Tensor& gate_up) {
+  return rows.scalar_type() == at::kFloat ? up_projection_typed<float>(rows, row_ids, counts, gate_up)
+                                          : up_projection_typed<double>(rows, row_ids, counts, gate_up);
 }
 
-Tensor backward(const Tensor& grad_out, const Tensor& rows, const Tensor& in_ids, const Tensor& out_ids,
-                const Tensor& weights, at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down,
-                const Tensor& pre, Tensor& grad_rows, Tensor& grad_gate_up, Tensor& grad_down, bool accumulate) {
+Tensor backward(const Tensor& grad_out, const Tensor& rows, const Tensor& row_ids, const Tensor& weights,
+                at::IntArrayRef counts, const Tensor& gate_up, const Tensor& down, const Tensor& pre, Tensor& grad_rows,
+                Tensor& grad_gate_up, Tensor& grad_down, bool accumulate_rows, bool accumulate_weights) {
   TORCH_CHECK(grad_gate_up.is_contiguous() && grad_down.is_contiguous(), "the weights' gradients must be contiguous");
-  return rows.scalar_type() == at::kFloat
-             ? backward_typed<float>(grad_out, rows, in_ids, out_ids, weights, counts, gate_up, down, pre, grad_rows,
-                                     grad_gate_up, grad_down, accumulate)
-             : backward_typed<double>(grad_out, rows, in_ids, out_ids, weights, counts, gate_up, down, pre, grad_rows,
-                                      grad_gate_up, grad_down, accumulate);
+  const auto typed = rows.scalar_type() == at::kFloat ? backward_typed<float> : backward_typed<double>;
+  return typed(grad_out, rows, row_ids, weights, counts, gate_up, down, pre, grad_rows, grad_gate_up, grad_down,
+               accumulate_rows, accumulate_weights);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(ds_remoe, library) {
   library.def(
-      "grouped_swiglu(Tensor rows, Tensor in_ids, Tensor out_ids, Tensor weights, int[] counts, Tensor gate_up, "
-      "Tensor down, Tensor(a!) out) -> Tensor");
-  library.def("grouped_up_projection(Tensor rows, Tensor in_ids, int[] counts, Tensor gate_up) -> Tensor");
+      "grouped_swiglu(Tensor rows, Tensor row_ids, Tensor weights, int[] counts, Tensor gate_up, Tensor down, "
+      "Tensor(a!) out, bool accumulate) -> Tensor");
+  library.def("grouped_up_projection(Tensor rows, Tensor row_ids, int[] counts, Tensor gate_up) -> Tensor");
   library.def(
-      "grouped_swiglu_backward(Tensor grad_out, Tensor rows, Tensor in_ids, Tensor out_ids, Tensor weights, "
-      "int[] counts, Tensor gate_up, Tensor down, Tensor pre_activation, Tensor(a!) grad_rows, "
-      "Tensor(b!) grad_gate_up, Tensor(c!) grad_down, bool accumulate) -> Tensor");
+      "grouped_swiglu_backward(Tensor grad_out, Tensor rows, Tensor row_ids, Tensor weights, int[] counts, "
+      "Tensor gate_up, Tensor down, Tensor pre_activation, Tensor(a!) grad_rows, Tensor(b!) grad_gate_up, "
+      "Tensor(c!) grad_down, bool accumulate_rows, bool accumulate_weights) -> Tensor");
 }
 
 // Under the CPU's key and not for all, so that a dispatch mode such as torch's FlopCounterMode sees the call.

@@ -14,24 +14,26 @@ def serves(rows: Tensor, groups: PairGroups) -> bool:
     return cpu_library.serves(rows, groups.weights_M)
 
 
-def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+def forward(
+    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, accumulate: bool = False
+) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.forward."""
     return torch.ops.ds_remoe.grouped_swiglu(
         rows.contiguous(),
-        groups.in_row_ids_M.long().contiguous(),
-        groups.out_row_ids_M.long().contiguous(),
+        groups.row_ids_M.long().contiguous(),
         groups.weights_M.contiguous(),
         groups.counts_L,
         gate_up.contiguous(),
         down.contiguous(),
         out,
+        accumulate,
     )
 
 
 def up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.up_projection."""
     return torch.ops.ds_remoe.grouped_up_projection(
-        rows.contiguous(), groups.in_row_ids_M.long().contiguous(), groups.counts_L, gate_up.contiguous()
+        rows.contiguous(), groups.row_ids_M.long().contiguous(), groups.counts_L, gate_up.contiguous()
     )
 
 
@@ -45,14 +47,14 @@ def backward(
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
-    accumulate: bool = False,
+    accumulate_rows: bool = False,
+    accumulate_weights: bool = False,
 ) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.backward."""
     return torch.ops.ds_remoe.grouped_swiglu_backward(
         grad_out.contiguous(),
         rows.contiguous(),
-        groups.in_row_ids_M.long().contiguous(),
-        groups.out_row_ids_M.long().contiguous(),
+        groups.row_ids_M.long().contiguous(),
         groups.weights_M.contiguous(),
         groups.counts_L,
         gate_up.contiguous(),
@@ -61,5 +63,6 @@ def backward(
         grad_rows,
         grad_gate_up,
         grad_down,
-        accumulate,
+        accumulate_rows,
+        accumulate_weights,
     )

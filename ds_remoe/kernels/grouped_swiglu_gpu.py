@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 CHOICES = ("triton", "grouped_mm")
 
 
-def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+def forward(
+    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, accumulate: bool = False
+) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.forward.
 
     Raises:
         ValueError: DS_REMOE_GROUPED is none of the choices, or asks for grouped_mm where that cannot run.
     """
-    pre_activation: Tensor = _chosen(rows, gate_up).forward(rows, groups, gate_up, down, out)
+    pre_activation: Tensor = _chosen(rows, gate_up).forward(rows, groups, gate_up, down, out, accumulate)
     return pre_activation
 
 
@@ -50,7 +52,8 @@ def backward(
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
-    accumulate: bool = False,
+    accumulate_rows: bool = False,
+    accumulate_weights: bool = False,
 ) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.backward.
 
@@ -58,7 +61,17 @@ def backward(
         ValueError: as in `forward`.
     """
     grad_weights_M: Tensor = _chosen(rows, gate_up).backward(
-        grad_out, rows, groups, gate_up, down, pre_activation, grad_rows, grad_gate_up, grad_down, accumulate
+        grad_out,
+        rows,
+        groups,
+        gate_up,
+        down,
+        pre_activation,
+        grad_rows,
+        grad_gate_up,
+        grad_down,
+        accumulate_rows,
+        accumulate_weights,
     )
     return grad_weights_M
 

@@ -6,8 +6,6 @@ back from the device. `ds-remoe bench kernels` tells where it is faster than our
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,10 +13,8 @@ from torch import Tensor
 
 from ds_remoe.kernels.backend import use_triton
 from ds_remoe.kernels.grouped_swiglu_triton_schedule import upload
+from ds_remoe.kernels.pair_groups import PairGroups, sum_buffer
 from ds_remoe.kernels.swiglu import weighted_swiglu, weighted_swiglu_backward
-
-if TYPE_CHECKING:
-    from ds_remoe.kernels.pair_groups import PairGroups
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT = 16
@@ -37,14 +33,18 @@ def why_not(rows: Tensor, gate_up: Tensor) -> str | None:
     return None
 
 
-def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+def forward(
+    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, accumulate: bool = False
+) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.forward; `why_not` must be None."""
     if len(groups.weights_M) == 0:
+        if not accumulate:
+            out.zero_()
         return rows.new_empty(0, gate_up.shape[1])
     ends_L = _ends(groups, rows.device)
     pre_activation = _up_projection(rows, groups, gate_up, ends_L)
     hidden = weighted_swiglu(pre_activation, groups.weights_M)
-    _add_rows(F.grouped_mm(hidden, down.transpose(1, 2), offs=ends_L), groups.out_row_ids_M, out)
+    _sum_rows(F.grouped_mm(hidden, down.transpose(1, 2), offs=ends_L), groups, out, accumulate)
     return pre_activation
 
 
@@ -65,29 +65,32 @@ def backward(
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
-    accumulate: bool = False,
+    accumulate_rows: bool = False,
+    accumulate_weights: bool = False,
 ) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.backward; `why_not` must be None."""
     if len(groups.weights_M) == 0:  # CUDA's kernel refuses a sum over nothing (pytorch/pytorch 192497)
-        if not accumulate:
+        if not accumulate_rows:
+            grad_rows.zero_()
+        if not accumulate_weights:
             grad_gate_up.zero_()
             grad_down.zero_()
         return torch.zeros_like(groups.weights_M)
     ends_L = _ends(groups, rows.device)
-    grad_pair_out = grad_out.index_select(0, groups.out_row_ids_M)
+    grad_pair_out = grad_out.index_select(0, groups.row_ids_M)
     grad_hidden = F.grouped_mm(grad_pair_out, down, offs=ends_L)
     grad_pre, grad_weights_M, hidden = weighted_swiglu_backward(grad_hidden, pre_activation, groups.weights_M)
-    _store(F.grouped_mm(grad_pair_out.t(), hidden, offs=ends_L), groups, grad_down, accumulate)
+    _store(F.grouped_mm(grad_pair_out.t(), hidden, offs=ends_L), groups, grad_down, accumulate_weights)
     del grad_pair_out, grad_hidden, hidden
-    pair_rows = rows.index_select(0, groups.in_row_ids_M)
-    _store(F.grouped_mm(grad_pre.t(), pair_rows, offs=ends_L), groups, grad_gate_up, accumulate)
+    pair_rows = rows.index_select(0, groups.row_ids_M)
+    _store(F.grouped_mm(grad_pre.t(), pair_rows, offs=ends_L), groups, grad_gate_up, accumulate_weights)
     del pair_rows
-    _add_rows(F.grouped_mm(grad_pre, gate_up, offs=ends_L), groups.in_row_ids_M, grad_rows)
+    _sum_rows(F.grouped_mm(grad_pre, gate_up, offs=ends_L), groups, grad_rows, accumulate_rows)
     return grad_weights_M
 
 
 def _up_projection(rows: Tensor, groups: PairGroups, gate_up: Tensor, ends_L: Tensor) -> Tensor:
-    return F.grouped_mm(rows.index_select(0, groups.in_row_ids_M), gate_up.transpose(1, 2), offs=ends_L)
+    return F.grouped_mm(rows.index_select(0, groups.row_ids_M), gate_up.transpose(1, 2), offs=ends_L)
 
 
 def _ends(groups: PairGroups, device: torch.device) -> Tensor:
@@ -95,14 +98,17 @@ def _ends(groups: PairGroups, device: torch.device) -> Tensor:
     return upload([np.cumsum(groups.counts_L, dtype=np.int32)], device)[0]
 
 
-def _add_rows(pair_rows: Tensor, row_ids_M: Tensor, out: Tensor) -> None:
-    """out[row[m]] += pair_rows[m] in the order of the pairs; index_add_ keeps it on a CPU, not on a GPU."""
+def _sum_rows(pair_rows: Tensor, groups: PairGroups, out: Tensor, accumulate: bool) -> None:
+    """Sum in the order of the pairs; index_add_ keeps it on a CPU, not on a GPU."""
     if use_triton(pair_rows):
-        from ds_remoe.kernels.grouped_swiglu_triton_segments import RowSegments, add_segments
+        from ds_remoe.kernels.row_sums_triton import sum_rows
 
-        add_segments(pair_rows, RowSegments.of(row_ids_M, out.shape[0]), out)
-    else:
-        out.index_add_(0, row_ids_M, pair_rows.to(out.dtype))
+        sum_rows(pair_rows, groups.in_order(len(out)), out, accumulate)
+        return
+    total = sum_buffer(out, accumulate)
+    total.index_add_(0, groups.row_ids_M, pair_rows.to(total.dtype))
+    if total is not out:
+        out.copy_(total)
 
 
 def _store(product: Tensor, groups: PairGroups, grad: Tensor, accumulate: bool) -> None:

@@ -7,7 +7,7 @@ a grouped GEMM with a sum per row for the rows' gradient. Any counts go, and any
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ds_remoe.kernels import grouped_swiglu_triton_kernels as kernels
 from ds_remoe.kernels.grouped_swiglu_triton_schedule import expert_table, tile_rows, tile_table, upload
-from ds_remoe.kernels.grouped_swiglu_triton_segments import RowSegments, add_segments
 from ds_remoe.kernels.grouped_swiglu_triton_tuning import MIN_BLOCK_N, dot_precision
-
-if TYPE_CHECKING:
-    from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.kernels.row_sums_triton import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+def forward(
+    rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out: Tensor, accumulate: bool = False
+) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.forward.
 
     Raises:
@@ -36,6 +36,8 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
     pairs, (width, hidden_size) = groups.weights_M.shape[0], (down.shape[2], down.shape[1])
     pre_activation = rows.new_empty(pairs, 2 * width)
     if pairs == 0:
+        if not accumulate:
+            out.zero_()
         return pre_activation
     height = tile_rows(groups.counts_L, rows.dtype)
     with torch.cuda.device_of(rows):
@@ -55,7 +57,7 @@ def forward(rows: Tensor, groups: PairGroups, gate_up: Tensor, down: Tensor, out
             BLOCK_M=height,
             PRECISION=dot_precision(rows.dtype),
         )
-        add_segments(results, RowSegments.of(groups.out_row_ids_M, out.shape[0]), out)
+        sum_rows(results, groups.in_order(len(out)), out, accumulate)
     return pre_activation
 
 
@@ -85,7 +87,8 @@ def backward(
     grad_rows: Tensor,
     grad_gate_up: Tensor,
     grad_down: Tensor,
-    accumulate: bool = False,
+    accumulate_rows: bool = False,
+    accumulate_weights: bool = False,
 ) -> Tensor:
     """See ds_remoe.kernels.grouped_swiglu.backward.
 
@@ -97,24 +100,26 @@ def backward(
     _check_contiguous(grad_rows=grad_rows, grad_gate_up=grad_gate_up, grad_down=grad_down)
     pairs, (width, hidden_size) = groups.weights_M.shape[0], (down.shape[2], down.shape[1])
     if pairs == 0:
-        if not accumulate:
+        if not accumulate_rows:
+            grad_rows.zero_()
+        if not accumulate_weights:
             grad_gate_up.zero_()
             grad_down.zero_()
         return torch.zeros_like(groups.weights_M)
     grad_out, rows, pre_activation = grad_out.contiguous(), rows.contiguous(), pre_activation.contiguous()
     gate_up, down = gate_up.contiguous(), down.contiguous()
-    in_ids, out_ids = groups.in_row_ids_M.contiguous(), groups.out_row_ids_M.contiguous()
+    row_ids_M = groups.row_ids_M.contiguous()
     height, precision = tile_rows(groups.counts_L, rows.dtype), dot_precision(rows.dtype)
     with torch.cuda.device_of(rows):
         tiles, experts = upload(
-            [tile_table(groups.counts_L, height), expert_table(groups.counts_L, with_empty=not accumulate)],
+            [tile_table(groups.counts_L, height), expert_table(groups.counts_L, with_empty=not accumulate_weights)],
             rows.device,
         )
         grad_pre, hidden = torch.empty_like(pre_activation), rows.new_empty(pairs, width)
         weight_parts = torch.empty(triton.cdiv(width, MIN_BLOCK_N), pairs, dtype=torch.float32, device=rows.device)
         kernels.swiglu_backward[_grid(tiles, width)](
             grad_out,
-            out_ids,
+            row_ids_M,
             groups.weights_M.contiguous(),
             down,
             pre_activation,
@@ -130,8 +135,8 @@ def backward(
         )
         written = triton.cdiv(width, kernels.swiglu_backward.best_config.kwargs["BLOCK_N"])
         grad_weights_M = weight_parts[:written].sum(dim=0).to(groups.weights_M.dtype)
-        _add_weight_gradient(grad_out, hidden, out_ids, grad_down, experts, True, accumulate)
-        _add_weight_gradient(grad_pre, rows, in_ids, grad_gate_up, experts, False, accumulate)
+        _add_weight_gradient(grad_out, hidden, row_ids_M, grad_down, experts, True, accumulate_weights)
+        _add_weight_gradient(grad_pre, rows, row_ids_M, grad_gate_up, experts, False, accumulate_weights)
         # One pair's hidden and its gradient of the row never lie in memory together.
         del hidden, weight_parts
         results = rows.new_empty(pairs, hidden_size)
@@ -147,7 +152,7 @@ def backward(
             BLOCK_M=height,
             PRECISION=precision,
         )
-        add_segments(results, RowSegments.of(in_ids, grad_rows.shape[0]), grad_rows)
+        sum_rows(results, groups.in_order(len(grad_rows)), grad_rows, accumulate_rows)
     return grad_weights_M
 
 
@@ -162,7 +167,7 @@ def _launch_swiglu(
 ) -> None:
     kernels.swiglu_forward[_grid(tiles, gate_up.shape[1] // 2)](
         rows.contiguous(),
-        groups.in_row_ids_M.contiguous(),
+        groups.row_ids_M.contiguous(),
         groups.weights_M.contiguous(),
         gate_up.contiguous(),
         pre_activation,

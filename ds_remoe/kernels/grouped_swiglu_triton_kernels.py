@@ -51,7 +51,7 @@ def _span(table, index):
 @triton.jit
 def swiglu_forward(
     rows,
-    in_row_ids,
+    row_ids,
     weights,
     gate_up,
     pre_activation,
@@ -65,7 +65,7 @@ def swiglu_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """pre_activation[m] = gate_up[e] · rows[in_row[m]]; with STORE_HIDDEN also hidden[m] = w[m] · silu(gate) · up."""
+    """pre_activation[m] = gate_up[e] · rows[row[m]]; with STORE_HIDDEN also hidden[m] = w[m] · silu(gate) · up."""
     tile, block = _place(tl.cdiv(H, BLOCK_N))
     expert, start, count = _span(tiles, tile)
     m = tl.arange(0, BLOCK_M)
@@ -73,7 +73,7 @@ def swiglu_forward(
     k = tl.arange(0, BLOCK_K)
     # Lanes outside read row 0 or weight row 0 and store nothing. Along a contiguous dimension a mask does it, as a
     # choice of addresses would hide from the compiler that it may load several elements at once.
-    row = tl.load(in_row_ids + start + m, mask=m < count, other=0).to(tl.int64)
+    row = tl.load(row_ids + start + m, mask=m < count, other=0).to(tl.int64)
     column = tl.where(n < H, n, 0)
     x_at = rows + row[:, None] * D + k[None, :]
     gate_at = gate_up + expert * 2 * H * D + column[None, :] * D + k[:, None]
@@ -146,7 +146,7 @@ def pair_matmul(
 @triton.jit(do_not_specialize=["pairs"])
 def swiglu_backward(
     grad_out,
-    out_row_ids,
+    row_ids,
     weights,
     down,
     pre_activation,
@@ -162,7 +162,7 @@ def swiglu_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """grad of the weighted hidden[m] = grad_out[out_row[m]] · down[e], and through the SwiGLU at once.
+    """grad of the weighted hidden[m] = grad_out[row[m]] · down[e], and through the SwiGLU at once.
 
     Writes grad_pre, hidden again, and into each of the first ⌈H / BLOCK_N⌉ rows of grad_weight_parts the share that a
     block of columns has in the routing weights' gradients.
@@ -172,7 +172,7 @@ def swiglu_backward(
     m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row = tl.load(out_row_ids + start + m, mask=m < count, other=0).to(tl.int64)
+    row = tl.load(row_ids + start + m, mask=m < count, other=0).to(tl.int64)
     a_at = grad_out + row[:, None] * D + k[None, :]
     b_at = down + expert * D * H + k[:, None] * H + n[None, :]
     upstream = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -263,21 +263,3 @@ def weight_gradient(
     if ACCUMULATE:
         total += tl.load(at, mask=inside_grad, other=0.0).to(tl.float32)
     tl.store(at, total.to(grad.dtype.element_ty), mask=inside_grad)
-
-
-@triton.jit
-def add_segments(pair_rows, pairs, starts, out, width, BLOCK: tl.constexpr):
-    """out[row] += Σ of pair_rows[pairs[i]] for i from starts[row] to starts[row + 1], in that order."""
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.load(starts + row)
-    end = tl.load(starts + row + 1)
-    if start == end:
-        return
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    at = out + row * width + column
-    total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    for index in range(start, end):
-        pair = tl.load(pairs + index)
-        total += tl.load(pair_rows + pair * width + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)

@@ -36,18 +36,32 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class TokenPlaces:
+    """Where each pair stands in the list of pairs by token and by expert within a token.
+
+    Attributes:
+        ranks_ET: int16, active experts of the token before this one; written under the mask alone.
+        starts: int32 [T + 1], pairs of the tokens before each, and their number.
+    """
+
+    ranks_ET: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Active (token, expert) pairs, expert-major and by token within an expert.
 
     Attributes:
-        token_ids_N, expert_ids_N: int64.
+        token_ids_N: int64.
         weights_N: their weights.
+        by_token_N: int32, the pairs ordered by token, for a list made with `TokenPlaces`; else None.
         positions: what `compact_backward` takes: the pairs' flat positions in [E, T], or the block starts.
     """
 
     token_ids_N: Tensor
-    expert_ids_N: Tensor
     weights_N: Tensor
+    by_token_N: Tensor | None
     positions: Tensor
 
 
@@ -91,20 +105,33 @@ def activate_backward(
     return torch_activate_backward(grad_weights_ET, grad_weight_sums_E, mask_ET)
 
 
+def token_places(mask_ET: Tensor, block_starts: Tensor | None) -> TokenPlaces | None:
+    """Number the pairs by token, without a read from the device; None where the twin ran and nobody asks for it."""
+    return None if block_starts is None else TokenPlaces(*_triton().token_places(mask_ET))
+
+
 def compact(
-    weights_ET: Tensor, mask_ET: Tensor, counts_E: Tensor, block_starts: Tensor | None, num_pairs: int
+    weights_ET: Tensor,
+    mask_ET: Tensor,
+    counts_E: Tensor,
+    block_starts: Tensor | None,
+    places: TokenPlaces | None,
+    num_pairs: int,
 ) -> Pairs:
     """List the active pairs.
 
     Args:
         weights_ET: router weights.
         mask_ET, counts_E, block_starts: see `Activation`. Without block starts the twin runs, for any strides.
+        places: of `token_places`, with block starts.
         num_pairs: N, the sum of the counts, on the host.
     """
-    if block_starts is not None:
-        token_ids_N, expert_ids_N, weights_N = _triton().compact(weights_ET, mask_ET, block_starts, num_pairs)
-        return Pairs(token_ids_N, expert_ids_N, weights_N, block_starts)
-    return torch_compact(weights_ET, mask_ET, counts_E, num_pairs)
+    if block_starts is None or places is None:
+        return torch_compact(weights_ET, mask_ET, counts_E, num_pairs)
+    token_ids_N, weights_N, by_token_N = _triton().compact(
+        weights_ET, mask_ET, block_starts, places.ranks_ET, places.starts, num_pairs
+    )
+    return Pairs(token_ids_N, weights_N, by_token_N, block_starts)
 
 
 def compact_backward(grad_weights_N: Tensor, mask_ET: Tensor, positions: Tensor) -> Tensor:
@@ -145,7 +172,7 @@ def torch_compact(weights_ET: Tensor, mask_ET: Tensor, counts_E: Tensor, num_pai
     expert_ids_N = torch.arange(experts, device=mask_ET.device).repeat_interleave(counts_E, output_size=num_pairs)
     token_ids_N = torch.sub(positions_N, expert_ids_N, alpha=tokens)
     weights_N = weights_ET.reshape(-1).index_select(0, positions_N)
-    return Pairs(token_ids_N, expert_ids_N, weights_N, positions_N)
+    return Pairs(token_ids_N, weights_N, None, positions_N)
 
 
 def torch_compact_backward(grad_weights_N: Tensor, mask_ET: Tensor, positions_N: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 32, 8192
 WANTED_BLOCK = 1024
 MOST_BLOCKS = 64
 CHUNK = 4096
+RANKED_TOKENS = 128
+"""Tokens of a program that goes through all experts: few, so that many programs share the loads' latency."""
 
 
 @triton.jit
@@ -68,12 +70,30 @@ def _pair_places(mask, block_starts, expert, place, inside, num_pairs):
 
 
 @triton.jit
-def _compact(weights, mask, block_starts, token_ids, expert_ids, out, tokens, num_pairs, BLOCK: tl.constexpr):
+def _rank_experts(mask, ranks, totals, tokens, experts, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    total = tl.zeros((BLOCK,), dtype=tl.int32)
+    place = token.to(tl.int64)
+    for _ in range(experts):
+        active = tl.load(mask + place, mask=inside, other=0) != 0
+        tl.store(ranks + place, total.to(tl.int16), mask=active)
+        total += active.to(tl.int32)
+        place += tokens
+    tl.store(totals + 1 + token, total, mask=inside)
+    tl.store(totals + token, 0, mask=token == 0)
+
+
+@triton.jit
+def _compact(
+    weights, mask, block_starts, ranks, starts, token_ids, out, by_token, tokens, num_pairs, BLOCK: tl.constexpr
+):
     expert, token, inside, place = _tokens_of_block(tokens, BLOCK)
     active, pair = _pair_places(mask, block_starts, expert, place, inside, num_pairs)
     tl.store(token_ids + pair, token.to(tl.int64), mask=active)
-    tl.store(expert_ids + pair, tl.zeros((BLOCK,), dtype=tl.int64) + expert, mask=active)
     tl.store(out + pair, tl.load(weights + place, mask=active, other=0.0), mask=active)
+    index = tl.load(starts + token, mask=active, other=0) + tl.load(ranks + place, mask=active, other=0)
+    tl.store(by_token + index, pair.to(tl.int32), mask=active)
 
 
 @triton.jit
@@ -159,26 +179,42 @@ def activate_backward(grad_weights_ET: Tensor | None, grad_weight_sums_E: Tensor
 
 
 @on_its_device
-def compact(weights_ET: Tensor, mask_ET: Tensor, block_starts: Tensor, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See ds_remoe.kernels.relu_routing.compact; token ids, expert ids and weights."""
+def token_places(mask_ET: Tensor) -> tuple[Tensor, Tensor]:
+    """See ds_remoe.kernels.relu_routing.token_places; the fields of `TokenPlaces` in their order."""
+    experts, tokens = mask_ET.shape
+    ranks_ET = torch.empty(experts, tokens, dtype=torch.int16, device=mask_ET.device)
+    totals = torch.empty(tokens + 1, dtype=torch.int32, device=mask_ET.device)
+    _rank_experts[(triton.cdiv(tokens, RANKED_TOKENS),)](
+        mask_ET.view(torch.uint8), ranks_ET, totals, tokens, experts, BLOCK=RANKED_TOKENS
+    )
+    return ranks_ET, totals.cumsum_(0)
+
+
+@on_its_device
+def compact(
+    weights_ET: Tensor, mask_ET: Tensor, block_starts: Tensor, ranks_ET: Tensor, starts: Tensor, num_pairs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ds_remoe.kernels.relu_routing.compact; the first fields of `Pairs` in their order."""
     experts, tokens = mask_ET.shape
     block, blocks = _blocks(tokens)
     token_ids_N = torch.empty(num_pairs, dtype=torch.int64, device=mask_ET.device)
-    expert_ids_N = torch.empty_like(token_ids_N)
     weights_N = torch.empty(num_pairs, dtype=weights_ET.dtype, device=mask_ET.device)
+    by_token_N = torch.empty(num_pairs, dtype=torch.int32, device=mask_ET.device)
     if num_pairs:
         _compact[(blocks, experts)](
             weights_ET.contiguous(),
             mask_ET.view(torch.uint8),
             block_starts,
+            ranks_ET,
+            starts,
             token_ids_N,
-            expert_ids_N,
             weights_N,
+            by_token_N,
             tokens,
             num_pairs,
             BLOCK=block,
         )
-    return token_ids_N, expert_ids_N, weights_N
+    return token_ids_N, weights_N, by_token_N
 
 
 @on_its_device

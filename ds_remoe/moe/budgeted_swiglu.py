@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import grouped_swiglu
-from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.kernels.pair_groups import PairGroups, RowOrder, sum_dtype
 from ds_remoe.moe.budget import ActivationBudget, Chunk, plan_chunks
 from ds_remoe.moe.dispatch import ExchangePlan, send_again
 
@@ -19,11 +20,10 @@ def budgeted_swiglu(
     groups: PairGroups,
     gate_up: Tensor,
     down: Tensor,
-    num_out_rows: int,
     budget: ActivationBudget | None,
     resend: ExchangePlan | None = None,
 ) -> Tensor:
-    """Σ of w · FFN_e(rows[in]) over the pairs of each result row; an expert without pairs has zero gradients.
+    """Σ of w · FFN_e(row) over the pairs of each row; an expert without pairs has zero gradients.
 
     Saved for backward: rows, weights, ids, and the pre-activation [M, 2H], of which the budget takes a part away.
     With `resend` the tokens at home stand in for the rows; all ranks of the group must come to backward then.
@@ -37,22 +37,22 @@ def budgeted_swiglu(
         groups: the pairs; its weights are differentiable.
         gate_up: [L, 2H, D].
         down: [L, D, H].
-        num_out_rows: rows of the result.
         budget: None keeps every pre-activation.
         resend: the way on which the rows came, to have them come again in backward.
 
     Returns:
-        [num_out_rows, D] in the dtype of `rows`, summed in fp32 or wider.
+        [M_rows, D] in the dtype of `rows`, summed in fp32 or wider.
     """
+    order = grouped_swiglu.row_order(rows, groups)
     result: Tensor = _BudgetedSwiGLU.apply(
         rows,
         groups.weights_M,
         gate_up,
         down,
-        groups.in_row_ids_M,
-        groups.out_row_ids_M,
+        groups.row_ids_M,
+        None if order is None else order.pairs_M,
+        None if order is None else order.starts,
         plan_chunks(groups.counts_L, budget),
-        num_out_rows,
         resend,
     )
     return result
@@ -66,38 +66,45 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         weights_M: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        in_ids_M: Tensor,
-        out_ids_M: Tensor,
+        row_ids_M: Tensor,
+        order_M: Tensor | None,
+        order_starts: Tensor | None,
         chunks: list[Chunk],
-        num_out_rows: int,
         resend: ExchangePlan | None,
     ) -> Tensor:
-        out = torch.zeros(num_out_rows, rows.shape[1], dtype=sum_dtype(rows), device=rows.device)
+        # One chunk's sums are final and need no wider place to be added up in.
+        out = rows.new_empty(rows.shape, dtype=rows.dtype if len(chunks) == 1 else sum_dtype(rows))
+        order = None if order_M is None or order_starts is None else RowOrder(order_M, order_starts)
         kept = []
-        for chunk in chunks:
-            pairs = _pairs_of(chunk, in_ids_M, out_ids_M, weights_M)
-            pre_activation = grouped_swiglu.forward(rows, pairs, gate_up[chunk.experts], down[chunk.experts], out)
+        for index, chunk in enumerate(chunks):
+            pairs, w_up, w_down = (
+                _pairs_of(chunk, row_ids_M, weights_M, order),
+                gate_up[chunk.experts],
+                down[chunk.experts],
+            )
+            pre_activation = grouped_swiglu.forward(rows, pairs, w_up, w_down, out, accumulate=index > 0)
             if chunk.keep:
                 kept.append(pre_activation)
             del pre_activation  # before the next chunk's is made
         stages = () if resend is None else resend.stages
         source = [rows] if resend is None else [resend.home_TD, *(stage.row_tokens_N for stage in stages)]
-        ctx.save_for_backward(weights_M, gate_up, down, in_ids_M, out_ids_M, *source, *kept)
+        ctx.save_for_backward(weights_M, gate_up, down, row_ids_M, order_M, order_starts, *source, *kept)
         ctx.chunks, ctx.dtype, ctx.sent_again = chunks, rows.dtype, [stage.sizes for stage in stages]
         return out.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights_M, gate_up, down, in_ids_M, out_ids_M, source, *rest = ctx.saved_tensors
+        weights_M, gate_up, down, row_ids_M, order_M, order_starts, source, *rest = ctx.saved_tensors
         stages = len(ctx.sent_again)
         rows = send_again(source, rest[:stages], ctx.sent_again).to(ctx.dtype)
         waiting = iter(rest[stages:])
-        grad_rows = torch.zeros(rows.shape, dtype=sum_dtype(rows), device=rows.device)
+        order = None if order_M is None else RowOrder(order_M, order_starts)
+        grad_rows = rows.new_empty(rows.shape, dtype=rows.dtype if len(ctx.chunks) == 1 else sum_dtype(rows))
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_weights_M = torch.empty_like(weights_M)
-        for chunk in ctx.chunks:
-            pairs = _pairs_of(chunk, in_ids_M, out_ids_M, weights_M)
+        for index, chunk in enumerate(ctx.chunks):
+            pairs = _pairs_of(chunk, row_ids_M, weights_M, order)
             w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
             pre_activation = next(waiting) if chunk.keep else grouped_swiglu.up_projection(rows, pairs, w_up)
             grad_weights_M[chunk.pairs] = grouped_swiglu.backward(
@@ -110,16 +117,14 @@ class _BudgetedSwiGLU(torch.autograd.Function):
                 grad_rows,
                 grad_gate_up[chunk.experts],
                 grad_down[chunk.experts],
-                accumulate=chunk.continues,
+                accumulate_rows=index > 0,
+                accumulate_weights=chunk.continues,
             )
             del pre_activation
-        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, None, None, None, None, None
+        return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, *(None,) * 5
 
 
-def sum_dtype(rows: Tensor) -> torch.dtype:
-    """Sums over experts are kept in fp32 at least."""
-    return torch.promote_types(rows.dtype, torch.float32)
-
-
-def _pairs_of(chunk: Chunk, in_ids_M: Tensor, out_ids_M: Tensor, weights_M: Tensor) -> PairGroups:
-    return PairGroups(in_ids_M[chunk.pairs], out_ids_M[chunk.pairs], weights_M[chunk.pairs], chunk.counts)
+def _pairs_of(chunk: Chunk, row_ids_M: Tensor, weights_M: Tensor, order: RowOrder | None) -> PairGroups:
+    if order is not None:
+        order = replace(order, first=chunk.pairs.start)
+    return PairGroups(row_ids_M[chunk.pairs], weights_M[chunk.pairs], chunk.counts, order)

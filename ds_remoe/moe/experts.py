@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_remoe.kernels.pair_groups import PairGroups
+from ds_remoe.kernels.pair_groups import PairGroups, sum_dtype
 from ds_remoe.moe.budget import ActivationBudget
-from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu, sum_dtype
+from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
 from ds_remoe.moe.dispatch import Dispatched
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
@@ -72,7 +72,7 @@ class StackedSwiGLU(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_hidden_size, **kwargs))
 
     def forward(self, dispatched: Dispatched, budget: ActivationBudget | None = None) -> Tensor:
-        """Σ over the active local experts of w · FFN_e(x), for each result row: [num_out_rows, D].
+        """Σ over the active local experts of w · FFN_e(x), for each row: [M_rows, D].
 
         Args:
             dispatched: tokens and pairs of this rank.
@@ -90,14 +90,10 @@ class StackedSwiGLU(nn.Module):
             rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
         elif rows.dtype != gate_up.dtype:
             raise TypeError(f"hidden_states are {rows.dtype}, but the experts {gate_up.dtype}; cast one of them")
-        groups = PairGroups(
-            dispatched.in_row_ids_M, dispatched.out_row_ids_M, dispatched.weights_M, dispatched.counts_L
-        )
+        groups = PairGroups(dispatched.row_ids_M, dispatched.weights_M, dispatched.counts_L, dispatched.order)
         plan = dispatched.plan
         again = plan is not None and budget is not None and not budget.keep_rows(plan.rows_per_token)
-        return budgeted_swiglu(
-            rows, groups, gate_up, down, dispatched.num_out_rows, budget, resend=plan if again else None
-        )
+        return budgeted_swiglu(rows, groups, gate_up, down, budget, resend=plan if again else None)
 
     @torch.no_grad()
     def copy_from(self, expert: SwiGLU) -> None:
@@ -170,7 +166,7 @@ class ModuleExperts(nn.ModuleList):
         super().__init__(copy.deepcopy(expert) for _ in range(num_local_experts))
 
     def forward(self, dispatched: Dispatched, budget: ActivationBudget | None = None) -> Tensor:
-        """Σ over the active local experts of w · expert_e(x), for each result row: [num_out_rows, D].
+        """Σ over the active local experts of w · expert_e(x), for each row: [M_rows, D].
 
         Args:
             dispatched: tokens and pairs of this rank.
@@ -178,17 +174,17 @@ class ModuleExperts(nn.ModuleList):
                 their activations. An expert is never cut, as it may look at all its tokens together.
         """
         rows = dispatched.rows
-        out = torch.zeros(dispatched.num_out_rows, rows.shape[1], dtype=sum_dtype(rows), device=rows.device)
+        out = rows.new_zeros(rows.shape, dtype=sum_dtype(rows))
         start = 0
         for expert, count in zip(self, dispatched.counts_L, strict=True):
             span = slice(start, start + count)
             start += count
-            arguments = expert, rows, dispatched.in_row_ids_M[span], dispatched.weights_M[span]
+            arguments = expert, rows, dispatched.row_ids_M[span], dispatched.weights_M[span]
             if budget is None or budget.take(count):
                 weighted = _run_weighted(*arguments)
             else:
                 weighted = checkpoint(_run_weighted, *arguments, use_reentrant=False)
-            out = out.index_add(0, dispatched.out_row_ids_M[span], weighted.to(out.dtype))
+            out = out.index_add(0, dispatched.row_ids_M[span], weighted.to(out.dtype))
         return out.to(rows.dtype)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import relu_routing
+from ds_remoe.kernels.pair_groups import RowOrder
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,33 @@ class Routing:
         weights_ET, mask_ET, counts_E, weight_sums_E, block_starts = _Activate.apply(logits_ET, used_T)
         return cls(weights_ET.t(), mask_ET.t(), counts_E, block_starts), weight_sums_E
 
-    def pairs(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-        """List the active pairs, expert-major and by token within an expert.
-
-        Args:
-            num_pairs: N, as counted; passed in because reading it off the device would wait for the device.
-
-        Returns:
-            token_ids_N (int64), expert_ids_N (int64), weights_N (differentiable, dtype of weights_TE).
-        """
-        pairs: tuple[Tensor, Tensor, Tensor] = _Compact.apply(
-            self.weights_TE.t(), self.mask_TE.t(), self.counts_E, self.block_starts, num_pairs
+    def pairs(self) -> RoutedPairs:
+        """List the active pairs, expert-major and by token within an expert; the host waits for the counts."""
+        # The device has this to do while the host waits.
+        places = relu_routing.token_places(self.mask_TE.t(), self.block_starts)
+        counts_E = self.counts_E.tolist()
+        token_ids_N, weights_N, by_token_N = _Compact.apply(
+            self.weights_TE.t(), self.mask_TE.t(), self.counts_E, self.block_starts, places, sum(counts_E)
         )
-        return pairs
+        order = None if places is None else RowOrder(by_token_N, places.starts)
+        return RoutedPairs(token_ids_N, weights_N, counts_E, order)
+
+
+@dataclass(frozen=True)
+class RoutedPairs:
+    """The active pairs of a routing, grouped by expert.
+
+    Attributes:
+        token_ids_N: int64.
+        weights_N: differentiable, dtype of weights_TE.
+        counts_E: of each expert, on the host.
+        order: the pairs token by token; None where that is still to be made.
+    """
+
+    token_ids_N: Tensor
+    weights_N: Tensor
+    counts_E: list[int]
+    order: RowOrder | None
 
 
 class _Activate(torch.autograd.Function):
@@ -98,17 +113,18 @@ class _Compact(torch.autograd.Function):
         mask_ET: Tensor,
         counts_E: Tensor,
         block_starts: Tensor | None,
+        places: relu_routing.TokenPlaces | None,
         num_pairs: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        pairs = relu_routing.compact(weights_ET, mask_ET, counts_E, block_starts, num_pairs)
-        ctx.mark_non_differentiable(pairs.token_ids_N, pairs.expert_ids_N)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        pairs = relu_routing.compact(weights_ET, mask_ET, counts_E, block_starts, places, num_pairs)
+        ctx.mark_non_differentiable(*(t for t in (pairs.token_ids_N, pairs.by_token_N) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask_ET, pairs.positions)
-        return pairs.token_ids_N, pairs.expert_ids_N, pairs.weights_N
+        return pairs.token_ids_N, pairs.weights_N, pairs.by_token_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         mask_ET, positions = ctx.saved_tensors
-        grad = None if grads[2] is None else relu_routing.compact_backward(grads[2], mask_ET, positions)
-        return grad, None, None, None, None
+        grad = None if grads[1] is None else relu_routing.compact_backward(grads[1], mask_ET, positions)
+        return grad, None, None, None, None, None

@@ -63,9 +63,9 @@ def start_dispatch(
     stage = Stage(x_TD, routing, counts, group, wire_dtype)
 
     def finish() -> Dispatched:
-        rows, weights_M, row_ids_M = stage.pairs()
+        rows, weights_M, row_ids_M, order = stage.pairs()
         plan = ExchangePlan((stage.plan,), x_TD.detach(), counts.rows_per_token())
-        return Dispatched(rows, row_ids_M, row_ids_M, weights_M, counts.of_experts(), rows.shape[0], plan)
+        return Dispatched(rows, row_ids_M, weights_M, counts.of_experts(), order, plan)
 
     return finish
 
@@ -78,6 +78,5 @@ def combine(out_MD: Tensor, plan: ExchangePlan | None, num_tokens: int) -> Tenso
 
 
 def _all_here(x_TD: Tensor, routing: Routing) -> Dispatched:
-    counts_L = routing.counts_E.tolist()
-    token_ids_N, _, weights_N = routing.pairs(sum(counts_L))
-    return Dispatched(x_TD, token_ids_N, token_ids_N, weights_N, counts_L, x_TD.shape[0], None)
+    pairs = routing.pairs()
+    return Dispatched(x_TD, pairs.token_ids_N, pairs.weights_N, pairs.counts_E, pairs.order, None)

@@ -57,11 +57,6 @@ class Counts:
         rows, tokens = map(sum, zip(*(line[-SHARE_COLUMNS:] for line in self._both()[1]), strict=True))
         return rows / max(tokens, 1)
 
-    def expert_starts(self) -> Tensor:
-        """Pairs of the experts before each expert of this rank, int32 on the device; after `received`."""
-        counts_L = self._received_RC[:, : self.num_experts].sum(dim=0, dtype=torch.int32)
-        return counts_L.cumsum(0, dtype=torch.int32) - counts_L
-
     def arrived(self) -> PeerPrefix:
         """Rows and pairs before each peer on the receiving side, on the device; after `received`."""
         peers_PC = peers_first(self._received_RC, self._me)

@@ -114,9 +114,9 @@ def start_on_nodes(
 
     def finish() -> Dispatched:
         within = Stage(*between.routing(), node_counts, groups.node, wire_dtype)
-        rows, weights_M, row_ids_M = within.pairs()
+        rows, weights_M, row_ids_M, order = within.pairs()
         plan = ExchangePlan((between.plan, within.plan), x_TD.detach(), node_counts.rows_per_token())
-        return Dispatched(rows, row_ids_M, row_ids_M, weights_M, node_counts.of_experts(), rows.shape[0], plan)
+        return Dispatched(rows, row_ids_M, weights_M, node_counts.of_experts(), order, plan)
 
     return finish
 

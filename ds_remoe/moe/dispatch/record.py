@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_remoe.kernels.pair_groups import RowOrder
+
 
 @dataclass(frozen=True)
 class Dispatched:
@@ -15,20 +17,18 @@ class Dispatched:
 
     Attributes:
         rows: [M_rows, D] token rows.
-        in_row_ids_M: row of `rows` of each pair, grouped by local expert.
-        out_row_ids_M: row of the result of each pair.
+        row_ids_M: row of each pair, in `rows` and in the result, grouped by local expert.
         weights_M: routing weight of each pair, differentiable.
         counts_L: pairs of each local expert, on the host.
-        num_out_rows: rows of the result.
+        order: the pairs row by row; None where that is still to be made.
         plan: what `combine` needs to send results home; None without expert parallelism.
     """
 
     rows: Tensor
-    in_row_ids_M: Tensor
-    out_row_ids_M: Tensor
+    row_ids_M: Tensor
     weights_M: Tensor
     counts_L: list[int]
-    num_out_rows: int
+    order: RowOrder | None
     plan: ExchangePlan | None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import exchange
+from ds_remoe.kernels.pair_groups import RowOrder
 from ds_remoe.moe.dispatch.counts import Counts
 from ds_remoe.moe.dispatch.flight import Flight
 from ds_remoe.moe.dispatch.record import StagePlan
@@ -49,10 +50,10 @@ class Stage:
         """What `return_rows` needs."""
         return self._plan[0]
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Wait; rows [M_rows, D], and of each pair its weight and its row (int64), grouped by local expert."""
-        rows, weights_M, row_ids_M = _ArrivePairs.apply(self._link, self._flight)
-        return rows, weights_M, row_ids_M
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, RowOrder]:
+        """Wait; rows [M_rows, D], and the pairs by local expert: weights, rows (int64), and their order by row."""
+        rows, weights_M, row_ids_M, by_row_M, starts = _ArrivePairs.apply(self._link, self._flight)
+        return rows, weights_M, row_ids_M, RowOrder(by_row_M, starts)
 
     def routing(self) -> tuple[Tensor, Routing]:
         """Wait; rows [M_rows, D] and their routing over this rank's share of the experts."""
@@ -100,28 +101,28 @@ class _ArrivePairs(torch.autograd.Function):
     """Wait and list the pairs by expert; backward sends the gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, link: Tensor, flight: Flight) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, link: Tensor, flight: Flight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         words, weight_dtype = flight.arrived_words()
-        row_ids_M, weights_M, positions_M = exchange.unpack(
+        row_ids_M, weights_M, order = exchange.unpack(
             words,
             flight.counts.arrived(),
-            flight.counts.expert_starts(),
+            flight.counts.num_experts,
             flight.sizes.arrived_rows,
             sum(flight.sizes.recv_pairs_P),
             weight_dtype,
         )
-        ctx.save_for_backward(positions_M)
+        ctx.save_for_backward(order.pairs_M)
         ctx.flight = flight
-        ctx.mark_non_differentiable(row_ids_M)
-        return flight.arrived_rows(), weights_M, row_ids_M
+        ctx.mark_non_differentiable(row_ids_M, order.pairs_M, order.starts)
+        return flight.arrived_rows(), weights_M, row_ids_M, order.pairs_M, order.starts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (positions_M,) = ctx.saved_tensors
-        grad_rows, grad_weights_M, _ = grads
-        grad_weights_K = torch.empty_like(grad_weights_M).scatter_(0, positions_M, grad_weights_M)
-        ctx.flight.send_back(grad_rows, grad_weights_K)
+        (by_row_M,) = ctx.saved_tensors
+        grad_rows, grad_weights_M = grads[:2]
+        # Row by row is the order in which the weights came.
+        ctx.flight.send_back(grad_rows, grad_weights_M.index_select(0, by_row_M))
         return grad_rows.new_empty(0), None
 
 
