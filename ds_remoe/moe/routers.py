@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ds_remoe.moe.routing import Routing
 from ds_remoe.moe.sparsity import SparsitySlot, at_least_one
@@ -30,9 +33,8 @@ class Router(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """x W in fp32 (fp64 for fp64 input), whatever the dtype of the weights: [E, T], contiguous."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return torch.mm(self.wg.weight.to(dtype), x_TD.to(dtype).t())
+        logits: Tensor = _Logits.apply(x_TD, self.wg.weight)
+        return logits
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route tokens.
@@ -45,6 +47,30 @@ class Router(nn.Module):
             The routing, and the layer's auxiliary loss: a scalar, coefficient included.
         """
         raise TypeError(f"{type(self).__name__} is a base class: use ReLURouter or TopKRouter")
+
+
+class _Logits(torch.autograd.Function):
+    """W · xᵀ in fp32 or wider; keeps the tokens as they came, not their copy in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return torch.mm(weight_ED.to(dtype), x_TD.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        (grad_ET,) = grads
+        grad_x_TD = grad_weight_ED = None
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x_TD = torch.mm(grad_ET.t(), weight_ED.to(grad_ET.dtype)).to(x_TD.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight_ED = torch.mm(grad_ET, x_TD.to(grad_ET.dtype)).to(weight_ED.dtype)
+        return grad_x_TD, grad_weight_ED
 
 
 class ReLURouter(Router):

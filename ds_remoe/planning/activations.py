@@ -13,11 +13,11 @@ from ds_remoe.moe.budget import ActivationBudget, expected_rows, settled_rows
 from ds_remoe.planning.hardware import Dtype
 from ds_remoe.planning.sizes import moe_layers
 
-FP32, INT64 = 4, 8
+FP32, INT32, INT64 = 4, 4, 8
 ROUTE_BYTES = INT64 + FP32
 """What a pair keeps without expert parallelism: its token and its weight."""
-EXCHANGED_PAIR_BYTES, EXCHANGED_ROW_BYTES = 3 * INT64 + FP32, INT64
-"""With it: a pair's place where it departs, and its place, row and weight where it arrives; a row's token."""
+EXCHANGED_PAIR_BYTES, EXCHANGED_ROW_BYTES = 2 * INT64 + INT32 + FP32, INT64
+"""With it: a pair's place where it departs, and its row, place and weight where it arrives; a row's token."""
 ITEM_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -159,16 +159,14 @@ def _routed(model: ModelConfig, moe: MoEConfig, load: Load, item: int, is_cpu: b
     """Router, pairs, rows and pre-activations of an MoE layer, and its shared experts."""
     width = model.d_ffn // moe.granularity
     router: float = load.tokens * moe.total_experts  # the mask, a byte an entry
-    if item != FP32:
-        router += (load.tokens + moe.total_experts) * model.hidden_size * FP32
     if moe.router == "topk":
         router += load.tokens * (moe.total_experts * FP32 + moe.active_experts * INT64)
     if moe.ep_size == 1:
-        # CUDA's kernels find the pairs' places again.
-        routes = load.pairs * (ROUTE_BYTES + (INT64 if is_cpu else 0))
+        # The CPU's kernels keep the pairs' positions in the mask, CUDA's their order by token.
+        routes = load.pairs * (ROUTE_BYTES + (INT64 if is_cpu else INT32)) + (0 if is_cpu else load.tokens * INT32)
     else:
         rows = moe.ep_size * load.kept_rows_to_rank * model.hidden_size * item
-        rows += moe.ep_size * load.rows_to_rank * EXCHANGED_ROW_BYTES
+        rows += moe.ep_size * load.rows_to_rank * (EXCHANGED_ROW_BYTES + (0 if is_cpu else INT32))
         routes = rows + load.pairs * EXCHANGED_PAIR_BYTES + moe.ep_size * load.tokens * 4
     shared = 4 * load.tokens * moe.num_shared_experts * width * item
     return router + routes + load.kept_pairs * 2 * width * item + shared
@@ -183,5 +181,6 @@ def _layer_workspace(model: ModelConfig, moe: MoEConfig, load: Load, item: int, 
     call = load.call_pairs * (3 * width + model.hidden_size) * item
     if load.recomputed_pairs:
         call += load.call_pairs * 2 * width * item
-    copies = FP32 + item + (item if moe.ep_size > 1 and load.resent_rows_to_rank else 0)
+    sums = FP32 if load.recomputed_pairs else item
+    copies = sums + item + (item if moe.ep_size > 1 and load.resent_rows_to_rank else 0)
     return rows * model.hidden_size * copies + call
