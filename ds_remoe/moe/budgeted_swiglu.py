@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,16 +71,10 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         chunks: list[Chunk],
         resend: ExchangePlan | None,
     ) -> Tensor:
-        # One chunk's sums are final and need no wider place to be added up in.
-        out = rows.new_empty(rows.shape, dtype=rows.dtype if len(chunks) == 1 else sum_dtype(rows))
-        order = None if order_M is None or order_starts is None else RowOrder(order_M, order_starts)
-        kept = []
+        out, kept = _new_sums(rows, chunks), []
         for index, chunk in enumerate(chunks):
-            pairs, w_up, w_down = (
-                _pairs_of(chunk, row_ids_M, weights_M, order),
-                gate_up[chunk.experts],
-                down[chunk.experts],
-            )
+            pairs = _pairs_of(chunk, row_ids_M, weights_M, order_M, order_starts)
+            w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
             pre_activation = grouped_swiglu.forward(rows, pairs, w_up, w_down, out, accumulate=index > 0)
             if chunk.keep:
                 kept.append(pre_activation)
@@ -99,32 +92,41 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         stages = len(ctx.sent_again)
         rows = send_again(source, rest[:stages], ctx.sent_again).to(ctx.dtype)
         waiting = iter(rest[stages:])
-        order = None if order_M is None else RowOrder(order_M, order_starts)
-        grad_rows = rows.new_empty(rows.shape, dtype=rows.dtype if len(ctx.chunks) == 1 else sum_dtype(rows))
+        grad_rows, grad_weights = _new_sums(rows, ctx.chunks), []
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        grad_weights_M = torch.empty_like(weights_M)
         for index, chunk in enumerate(ctx.chunks):
-            pairs = _pairs_of(chunk, row_ids_M, weights_M, order)
+            pairs = _pairs_of(chunk, row_ids_M, weights_M, order_M, order_starts)
             w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
             pre_activation = next(waiting) if chunk.keep else grouped_swiglu.up_projection(rows, pairs, w_up)
-            grad_weights_M[chunk.pairs] = grouped_swiglu.backward(
-                grads[0],
-                rows,
-                pairs,
-                w_up,
-                w_down,
-                pre_activation,
-                grad_rows,
-                grad_gate_up[chunk.experts],
-                grad_down[chunk.experts],
-                accumulate_rows=index > 0,
-                accumulate_weights=chunk.continues,
+            grad_weights.append(
+                grouped_swiglu.backward(
+                    grads[0],
+                    rows,
+                    pairs,
+                    w_up,
+                    w_down,
+                    pre_activation,
+                    grad_rows,
+                    grad_gate_up[chunk.experts],
+                    grad_down[chunk.experts],
+                    accumulate_rows=index > 0,
+                    accumulate_weights=chunk.continues,
+                )
             )
             del pre_activation
+        grad_weights_M = grad_weights[0] if len(grad_weights) == 1 else torch.cat(grad_weights)
         return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, *(None,) * 5
 
 
-def _pairs_of(chunk: Chunk, row_ids_M: Tensor, weights_M: Tensor, order: RowOrder | None) -> PairGroups:
-    if order is not None:
-        order = replace(order, first=chunk.pairs.start)
+def _new_sums(rows: Tensor, chunks: list[Chunk]) -> Tensor:
+    """Where the chunks' sums go; one chunk's are final and need no wider place to be added up in."""
+    return rows.new_empty(rows.shape, dtype=rows.dtype if len(chunks) == 1 else sum_dtype(rows))
+
+
+def _pairs_of(
+    chunk: Chunk, row_ids_M: Tensor, weights_M: Tensor, order_M: Tensor | None, order_starts: Tensor | None
+) -> PairGroups:
+    order = None
+    if order_M is not None and order_starts is not None:
+        order = RowOrder(order_M, order_starts, first=chunk.pairs.start)
     return PairGroups(row_ids_M[chunk.pairs], weights_M[chunk.pairs], chunk.counts, order)
