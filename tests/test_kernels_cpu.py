@@ -20,6 +20,7 @@ from ds_remoe.kernels.rms_norm import rms_norm
 from ds_remoe.kernels.rope import rotate, torch_rotate
 from ds_remoe.model.attention import rope_tables
 
+IMPLEMENTATIONS = (grouped_swiglu_cpu, grouped_swiglu)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -95,6 +96,29 @@ def test_kernel_against_its_twin(
     expected = all_gradients(grouped_swiglu, case, counts, accumulate)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+
+
+def compare_with_twins(device: str) -> None:
+    """Some odd sizes, for runs in which hypothesis has no place."""
+    assert load_cpu_library()
+    torch.set_num_threads(2)
+    for counts, hidden, width in (([7, 0, 1], 5, 3), ([30, 2, 2], 65, 19), ([33, 1], 19, 150)):
+        for dtype in (torch.float32, torch.float64):
+            case = make_case(counts, 9, hidden, width, dtype)
+            for accumulate in ((False, False), (True, True)):
+                results = (all_gradients(module, case, counts, accumulate) for module in IMPLEMENTATIONS)
+                for one, other in zip(*results, strict=True):
+                    torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+            x, weight = case[0].requires_grad_(), torch.rand(hidden, dtype=dtype, requires_grad=True)
+            results = (
+                [y, *torch.autograd.grad(y.sum(), (x, weight))]
+                for y in (rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5))
+            )
+            for one, other in zip(*results, strict=True):
+                torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+            heads = torch.randn(2, 3, 5, 2 * width, dtype=dtype)
+            tables = rope_tables(0, 5, 2 * width, 1e4, torch.device(device))
+            torch.testing.assert_close(rotate(heads, *tables), torch_rotate(heads, *tables))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
