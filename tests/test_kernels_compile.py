@@ -75,7 +75,7 @@ def _launch_all(capability: int, dtype: torch.dtype) -> None:
     from ds_remoe.kernels import exchange_triton, grouped_swiglu_triton, relu_routing_triton, swiglu_triton
     from ds_remoe.kernels import grouped_swiglu_triton_tuning as tuning
     from ds_remoe.kernels.exchange import PeerPrefix, Prefix
-    from ds_remoe.kernels.pair_groups import PairGroups
+    from ds_remoe.kernels.pair_groups import PairGroups, RowOrder
 
     tuning._shared_memory = lambda device: SHARED_MEMORY[capability]
     tokens, experts, d, h = 256, 4, 128, 64
@@ -90,7 +90,8 @@ def _launch_all(capability: int, dtype: torch.dtype) -> None:
 
     counts = [tokens, 0, 1, tokens - 1]
     x, pairs = torch.randn(tokens, d, dtype=dtype), sum(counts)
-    groups = PairGroups(torch.arange(pairs) % tokens, torch.rand(pairs), counts)
+    ids = torch.arange(pairs) % tokens
+    groups = PairGroups(ids, torch.rand(pairs), counts, RowOrder.of(ids, tokens))
     weights = x.new_empty(experts, 2 * h, d), x.new_empty(experts, d, h)
     for sums, accumulate in ((x.clone(), False), (x.float(), True)):
         pre = grouped_swiglu_triton.forward(x, groups, *weights, sums, accumulate)
@@ -100,10 +101,12 @@ def _launch_all(capability: int, dtype: torch.dtype) -> None:
     hidden = swiglu_triton.forward(pre, groups.weights_M)
     swiglu_triton.backward(hidden, pre, groups.weights_M)
 
-    prefix = Prefix.of(mask.t(), 2, 0)
-    for x_mask in (mask.t(), mask.t().contiguous()):
-        packed = exchange_triton.pack(x, logits.t(), x_mask, prefix, 0, 2 * tokens, 4 * tokens, tokens, dtype)
-    exchange_triton.unpack(packed.words, PeerPrefix(prefix.rows[::tokens], prefix.pairs[::tokens]), 2, tokens, tokens)
+    for local in (1, 40):  # experts of a rank: a mask of one word and one of two
+        mask_TE = torch.ones(tokens, 2 * local, dtype=torch.bool)
+        prefix, weights_TE, all_pairs = Prefix.of(mask_TE, 2, 0), torch.rand(mask_TE.shape), mask_TE.numel()
+        for given in (weights_TE, weights_TE.t().contiguous().t()):
+            packed = exchange_triton.pack(x, given, mask_TE, prefix, 0, 2 * tokens, all_pairs, tokens, dtype)
+        exchange_triton.unpack(packed.words, PeerPrefix(prefix.rows[:3], prefix.pairs[:3]), local, tokens, all_pairs)
     exchange_triton.combine_rows(x, x, prefix.rows, tokens)
 
 

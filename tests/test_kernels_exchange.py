@@ -90,7 +90,7 @@ def compare_with_twins(device: str) -> None:
     from ds_remoe.kernels import exchange_triton
     from ds_remoe.kernels.backend import use_triton
 
-    exchange_triton.ROWS_AT_ONCE = 4  # so that an expert walks through several blocks
+    exchange_triton.ROWS_AT_ONCE = 4  # so that there are several blocks
     for (tokens, width, ranks, local, density), dtype, me in [
         (case, dtype, me) for case in CASES for dtype, me in ((torch.float32, 0), (torch.bfloat16, case[2] - 1))
     ]:

@@ -88,7 +88,7 @@ def weighted_swiglu_backward(workload: Workload, settings: Settings) -> Subject:
 
 
 def grouped_forward(workload: Workload, settings: Settings) -> Subject:
-    """The experts' FFNs over all pairs, summed per token; the tensor for the sums is part of the time."""
+    """The experts' FFNs over all pairs, summed per token; the sums' tensor is part of the time, their order is not."""
     case = _Experts.draw(workload, settings)
     modules, left_out = _grouped_implementations(case)
     works: dict[str, Work] = {TWIN: lambda: case.forward(grouped_swiglu.torch_forward)}
@@ -97,7 +97,7 @@ def grouped_forward(workload: Workload, settings: Settings) -> Subject:
 
 
 def grouped_backward(workload: Workload, settings: Settings) -> Subject:
-    """Gradients of tokens, weights and routing weights; the tensors for them are part of the time."""
+    """Gradients of tokens, weights and routing weights; their tensors are part of the time, the sums' order is not."""
     case = _Experts.draw(workload, settings)
     modules, left_out = _grouped_implementations(case)
     works: dict[str, Work] = {TWIN: lambda: case.backward(grouped_swiglu.torch_backward)}

@@ -86,8 +86,10 @@ def _count_bits(word):
 
 @triton.jit
 def _rows_of_block(peer_rows, peer_pairs, rows, row_words, peers, BLOCK: tl.constexpr):
-    """(rows of this program, which exist, where the masks and the weights of their peer begin, less what the index
-    of a row or a pair among all peers says already)."""
+    """(rows of this program, which exist, where each one's mask begins, how far a pair's weight lies behind its place).
+
+    Each peer's weights stand before the masks of its rows, so both are shifted by what the peers before it sent.
+    """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     masks_at = tl.zeros((BLOCK,), dtype=tl.int64)
     weights_at = tl.zeros((BLOCK,), dtype=tl.int64)
@@ -98,7 +100,7 @@ def _rows_of_block(peer_rows, peer_pairs, rows, row_words, peers, BLOCK: tl.cons
     return row, row < rows, masks_at + row.to(tl.int64) * row_words, weights_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _count_kernel(words, peer_rows, peer_pairs, counts, rows, experts, row_words, peers, BLOCK: tl.constexpr):
     """One program a block of rows: counts the pairs of each row, and in the block those of each expert."""
     row, inside, masks_at, _ = _rows_of_block(peer_rows, peer_pairs, rows, row_words, peers, BLOCK)
@@ -113,7 +115,7 @@ def _count_kernel(words, peer_rows, peer_pairs, counts, rows, experts, row_words
     tl.store(counts + row, 0, mask=row == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "pairs"])
 def _unpack_kernel(
     words,
     peer_rows,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_remoe.kernels import grouped_swiglu_cpu
 from ds_remoe.kernels.backend import use_triton
-from ds_remoe.kernels.pair_groups import PairGroups, RowOrder, sum_buffer
+from ds_remoe.kernels.pair_groups import PairGroups, RowOrder, sum_buffer, sum_dtype
 from ds_remoe.kernels.swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
@@ -30,7 +30,7 @@ def forward(
         gate_up: [L, 2H, D], gate above up.
         down: [L, D, H].
         out: [M_rows, D]; to accumulate, fp32 or wider.
-        accumulate: add to what is in `out` instead of overwriting it, rows without pairs with zeros.
+        accumulate: add to what is in `out`; else it is overwritten, where a row has no pairs with zeros.
 
     Returns:
         pre_activation [M, 2H] in the dtype of `rows`, which `backward` takes.
@@ -98,6 +98,15 @@ def backward(
 def row_order(rows: Tensor, groups: PairGroups) -> RowOrder | None:
     """The order that `forward` and `backward` sum these pairs in; None where the implementation has no use for it."""
     return groups.in_order(rows.shape[0]) if use_triton(rows) else None
+
+
+def new_sums(rows: Tensor, calls: int) -> Tensor:
+    """An unwritten tensor for the sums of some calls of `forward` or `backward`, of the shape of `rows`.
+
+    It is wider than the rows where it is added into: by the second call, or by the twin, expert by expert.
+    """
+    written_once = calls == 1 and use_triton(rows)
+    return rows.new_empty(rows.shape, dtype=rows.dtype if written_once else sum_dtype(rows))
 
 
 def _kernel(rows: Tensor, groups: PairGroups) -> ModuleType | None:

@@ -1,4 +1,4 @@
-"""Which pairs go to which expert, and which belong to a row: the arguments that all grouped kernels share."""
+"""What all grouped kernels share: which pairs go to which expert, which belong to a row, and how rows are summed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class RowOrder:
     """The pairs row by row, for sums over the pairs of a row.
 
     Attributes:
-        pairs_M: integer, the pairs ordered by row, those of a row as they stand in the list.
+        pairs_M: int32, indices into the list of pairs, sorted by row; those of a row keep the list's order.
         starts: int32 [M_rows + 1], where each row's pairs start there, and their number.
-        first: pairs of the list before those of a call, where the call is given a part of them.
+        first: where in the list a call begins that gets a part of it, while this order is of the whole list.
     """
 
     pairs_M: Tensor
@@ -28,7 +28,7 @@ class RowOrder:
         """By a sort on the pairs' device, without a read from it."""
         sorted_M, pairs_M = torch.sort(row_ids_M.to(torch.int32), stable=True)
         rows = torch.arange(num_rows + 1, dtype=torch.int32, device=row_ids_M.device)
-        return cls(pairs_M, torch.searchsorted(sorted_M, rows, out_int32=True))
+        return cls(pairs_M.to(torch.int32), torch.searchsorted(sorted_M, rows, out_int32=True))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def sum_dtype(rows: Tensor) -> torch.dtype:
 
 
 def sum_buffer(target: Tensor, accumulate: bool) -> Tensor:
-    """What to add the sums for `target` to: itself, zeros first unless it accumulates, or where too narrow others."""
+    """What to add into: `target`, set to zero unless it accumulates, or zeros of a wider dtype, to be copied back."""
     if accumulate:
         return target
     dtype = sum_dtype(target)

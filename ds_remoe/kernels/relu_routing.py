@@ -106,7 +106,7 @@ def activate_backward(
 
 
 def token_places(mask_ET: Tensor, block_starts: Tensor | None) -> TokenPlaces | None:
-    """Number the pairs by token, without a read from the device; None where the twin ran and nobody asks for it."""
+    """Number the pairs by token, without a read from the device; None where the twin ran, which does not."""
     return None if block_starts is None else TokenPlaces(*_triton().token_places(mask_ET))
 
 

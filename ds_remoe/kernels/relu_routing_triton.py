@@ -1,4 +1,4 @@
-"""Triton kernels of ds_remoe.kernels.relu_routing: one program for each expert and block of its tokens.
+"""Triton kernels of ds_remoe.kernels.relu_routing: most have one program for each expert and block of its tokens.
 
 A pair's place in the list is the number of pairs before its block plus those before it in the block, so both the list
 and its gradient are written in one pass, without atomics.
@@ -71,6 +71,7 @@ def _pair_places(mask, block_starts, expert, place, inside, num_pairs):
 
 @triton.jit
 def _rank_experts(mask, ranks, totals, tokens, experts, BLOCK: tl.constexpr):
+    """One program a block of tokens: it goes through the experts and counts."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     total = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -84,7 +85,7 @@ def _rank_experts(mask, ranks, totals, tokens, experts, BLOCK: tl.constexpr):
     tl.store(totals + token, 0, mask=token == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _compact(
     weights, mask, block_starts, ranks, starts, token_ids, out, by_token, tokens, num_pairs, BLOCK: tl.constexpr
 ):
@@ -96,7 +97,7 @@ def _compact(
     tl.store(by_token + index, pair.to(tl.int32), mask=active)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _compact_backward(grad, mask, block_starts, out, tokens, num_pairs, BLOCK: tl.constexpr):
     expert, _, inside, place = _tokens_of_block(tokens, BLOCK)
     active, pair = _pair_places(mask, block_starts, expert, place, inside, num_pairs)

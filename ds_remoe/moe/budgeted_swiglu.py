@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import grouped_swiglu
-from ds_remoe.kernels.pair_groups import PairGroups, RowOrder, sum_dtype
+from ds_remoe.kernels.pair_groups import PairGroups, RowOrder
 from ds_remoe.moe.budget import ActivationBudget, Chunk, plan_chunks
 from ds_remoe.moe.dispatch import ExchangePlan, send_again
 
@@ -24,7 +24,8 @@ def budgeted_swiglu(
 ) -> Tensor:
     """Σ of w · FFN_e(row) over the pairs of each row; an expert without pairs has zero gradients.
 
-    Saved for backward: rows, weights, ids, and the pre-activation [M, 2H], of which the budget takes a part away.
+    Saved for backward: rows, weights, ids, their order by row, and the pre-activation [M, 2H], less what the budget
+    takes away.
     With `resend` the tokens at home stand in for the rows; all ranks of the group must come to backward then.
     The chunks follow from the counts and the budget alone, and a pre-activation comes out the same the second time, so
     the same step gives the same bits. On the torch path output and gradients are also the same bits as without a
@@ -71,7 +72,7 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         chunks: list[Chunk],
         resend: ExchangePlan | None,
     ) -> Tensor:
-        out, kept = _new_sums(rows, chunks), []
+        out, kept = grouped_swiglu.new_sums(rows, len(chunks)), []
         for index, chunk in enumerate(chunks):
             pairs = _pairs_of(chunk, row_ids_M, weights_M, order_M, order_starts)
             w_up, w_down = gate_up[chunk.experts], down[chunk.experts]
@@ -92,7 +93,7 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         stages = len(ctx.sent_again)
         rows = send_again(source, rest[:stages], ctx.sent_again).to(ctx.dtype)
         waiting = iter(rest[stages:])
-        grad_rows, grad_weights = _new_sums(rows, ctx.chunks), []
+        grad_rows, grad_weights = grouped_swiglu.new_sums(rows, len(ctx.chunks)), []
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         for index, chunk in enumerate(ctx.chunks):
             pairs = _pairs_of(chunk, row_ids_M, weights_M, order_M, order_starts)
@@ -116,11 +117,6 @@ class _BudgetedSwiGLU(torch.autograd.Function):
             del pre_activation
         grad_weights_M = grad_weights[0] if len(grad_weights) == 1 else torch.cat(grad_weights)
         return grad_rows.to(rows.dtype), grad_weights_M, grad_gate_up, grad_down, *(None,) * 5
-
-
-def _new_sums(rows: Tensor, chunks: list[Chunk]) -> Tensor:
-    """Where the chunks' sums go; one chunk's are final and need no wider place to be added up in."""
-    return rows.new_empty(rows.shape, dtype=rows.dtype if len(chunks) == 1 else sum_dtype(rows))
 
 
 def _pairs_of(

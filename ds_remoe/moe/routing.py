@@ -57,7 +57,7 @@ class Routing:
 
     def pairs(self) -> RoutedPairs:
         """List the active pairs, expert-major and by token within an expert; the host waits for the counts."""
-        # The device has this to do while the host waits.
+        # Launched ahead of the wait, so that less is left to launch while the device has nothing to do.
         places = relu_routing.token_places(self.mask_TE.t(), self.block_starts)
         counts_E = self.counts_E.tolist()
         token_ids_N, weights_N, by_token_N = _Compact.apply(

@@ -130,7 +130,7 @@ def activations(
     routed = _routed(model, moe, load, item, is_cpu)
     head = norm + tokens * (vocab_size * FP32 + 2 * INT64)
     head_gradients = 2 * tokens * vocab_size * FP32
-    workspace = _layer_workspace(model, moe, load, item, routed_layers > 0)
+    workspace = _layer_workspace(model, moe, load, item, routed_layers > 0, is_cpu)
     if not model.activation_checkpointing:
         layers = attention * model.num_layers + dense * dense_layers
         return Activations(layers, routed * routed_layers, head, head_gradients, workspace)
@@ -162,8 +162,9 @@ def _routed(model: ModelConfig, moe: MoEConfig, load: Load, item: int, is_cpu: b
     if moe.router == "topk":
         router += load.tokens * (moe.total_experts * FP32 + moe.active_experts * INT64)
     if moe.ep_size == 1:
-        # The CPU's kernels keep the pairs' positions in the mask, CUDA's their order by token.
-        routes = load.pairs * (ROUTE_BYTES + (INT64 if is_cpu else INT32)) + (0 if is_cpu else load.tokens * INT32)
+        # Each pair's index into the mask, which CUDA's ReLU kernels do without, and there the pairs' order by token.
+        index = INT64 if is_cpu or moe.router == "topk" else 0
+        routes = load.pairs * (ROUTE_BYTES + index + (0 if is_cpu else INT32)) + (0 if is_cpu else load.tokens * INT32)
     else:
         rows = moe.ep_size * load.kept_rows_to_rank * model.hidden_size * item
         rows += moe.ep_size * load.rows_to_rank * (EXCHANGED_ROW_BYTES + (0 if is_cpu else INT32))
@@ -172,7 +173,7 @@ def _routed(model: ModelConfig, moe: MoEConfig, load: Load, item: int, is_cpu: b
     return router + routes + load.kept_pairs * 2 * width * item + shared
 
 
-def _layer_workspace(model: ModelConfig, moe: MoEConfig, load: Load, item: int, routed: bool) -> float:
+def _layer_workspace(model: ModelConfig, moe: MoEConfig, load: Load, item: int, routed: bool, is_cpu: bool) -> float:
     """Gradients alive inside one layer's backward pass: of a dense FFN, or of an MoE layer's rows and one call."""
     if not routed:
         return load.tokens * (3 * model.d_ffn + model.hidden_size) * item
@@ -181,6 +182,6 @@ def _layer_workspace(model: ModelConfig, moe: MoEConfig, load: Load, item: int, 
     call = load.call_pairs * (3 * width + model.hidden_size) * item
     if load.recomputed_pairs:
         call += load.call_pairs * 2 * width * item
-    sums = FP32 if load.recomputed_pairs else item
+    sums = FP32 if load.recomputed_pairs or is_cpu else item
     copies = sums + item + (item if moe.ep_size > 1 and load.resent_rows_to_rank else 0)
     return rows * model.hidden_size * copies + call

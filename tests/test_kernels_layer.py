@@ -1,0 +1,84 @@
+"""A whole layer on its Triton kernels, under the interpreter, against the same layer on the twins."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+TOKENS, D, H, EXPERTS, SILENT, BUSY = 40, 20, 12, 6, 0, 1
+BUDGETS = (None, 0.5)
+
+
+def compare_layers() -> list[str]:
+    """What differs, for every router, ep_size, budget and way to send, on this rank."""
+    return [line for case in cases() for line in compare(*case)]
+
+
+def cases() -> Iterator[tuple[str, int, float | None, bool]]:
+    for router, ep_size, budget in itertools.product(("relu", "topk"), (1, 2), BUDGETS):
+        yield router, ep_size, budget, False
+    yield "relu", 2, None, True
+
+
+def compare(router: str, ep_size: int, budget: float | None, by_nodes: bool) -> list[str]:
+    on_kernels, on_twins = (run_layer(router, ep_size, budget, by_nodes, kernels) for kernels in ("auto", "torch"))
+    wrong = []
+    for name, expected in on_twins.items():
+        error = float((on_kernels[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
+        if not error < 2e-5:
+            wrong.append(f"{name}: {error:.1e} with {router}, ep_size {ep_size}, budget {budget}, by_nodes {by_nodes}")
+    return wrong
+
+
+def run_layer(router: str, ep_size: int, budget: float | None, by_nodes: bool, kernels: str) -> dict[str, Tensor]:
+    """Output, counts and all gradients; one expert has no token, one all of them."""
+    from ds_remoe import MoE
+    from ds_remoe.kernels.backend import kernels_wanted, use_triton
+    from ds_remoe.kernels.grouped_swiglu_triton_kernels import INTERPRETED
+    from ds_remoe.moe import budget as budgets
+    from ds_remoe.moe.experts import SwiGLU
+
+    budgets.MIN_CHUNK_PAIRS = 16  # so that the budget cuts the busy expert
+    os.environ["DS_REMOE_KERNELS"] = kernels
+    kernels_wanted.cache_clear()
+    torch.manual_seed(0)
+    layer = MoE(
+        D,
+        SwiGLU(D, H),
+        num_experts=EXPERTS,
+        ep_size=ep_size,
+        k=2,
+        router=router,
+        activation_budget=budget,
+        hierarchical_all_to_all=by_nodes,
+    )
+    layer.set_deepspeed_parallelism()
+    generator = torch.Generator().manual_seed(1 + int(os.environ["RANK"]))
+    x = torch.randn(TOKENS, D, generator=generator)
+    x[:, 0] = 4.0
+    x.requires_grad_()
+    assert use_triton(x) == (kernels == "auto"), "the kernels would not run"
+    assert INTERPRETED, "the kernels were not made for the interpreter"
+    with torch.no_grad():
+        weight = layer.deepspeed_moe.gate.wg.weight.normal_(generator=torch.Generator().manual_seed(2))
+        weight[SILENT, 0], weight[BUSY, 0] = -50.0, 50.0
+    output, l_aux, counts = layer(x)
+    assert counts[SILENT] == 0
+    assert counts[BUSY] == TOKENS
+    upstream = torch.randn(output.shape, generator=generator)
+    ((output * upstream).sum() + 1e8 * l_aux).backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"output": output.detach(), "counts": counts.double(), "x": x.grad, **gradients}
+
+
+def test_layers_on_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one rank's experts and two's, with and without a budget that cuts experts and sends rows again."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert [line for lines in run_ranks(compare_layers, 2) for line in lines] == []
