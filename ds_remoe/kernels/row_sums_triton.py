@@ -13,6 +13,11 @@ from ds_remoe.kernels.pair_groups import RowOrder
 MAX_BLOCK = 1024
 
 
+@triton.jit
+def _is_of_call(pair, first, count):
+    return (pair >= first) & (pair < first + count)
+
+
 @triton.jit(do_not_specialize=["first", "count"])
 def _sum_kernel(pair_rows, pairs, starts, out, first, count, width, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -23,13 +28,17 @@ def _sum_kernel(pair_rows, pairs, starts, out, first, count, width, ACCUMULATE: 
     at = out + row * width + column
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     if ACCUMULATE:
-        if start == end:
+        wanted = 0
+        for index in range(start, end):
+            wanted += _is_of_call(tl.load(pairs + index), first, count).to(tl.int32)
+        if wanted == 0:
             return
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     for index in range(start, end):
-        pair = tl.load(pairs + index).to(tl.int64) - first
-        wanted = inside & (pair >= 0) & (pair < count)
-        total += tl.load(pair_rows + pair * width + column, mask=wanted, other=0.0).to(tl.float32)
+        pair = tl.load(pairs + index)
+        if _is_of_call(pair, first, count):
+            value = tl.load(pair_rows + (pair - first).to(tl.int64) * width + column, mask=inside, other=0.0)
+            total += value.to(tl.float32)
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
