@@ -30,6 +30,7 @@ from ds_remoe.commands.checkpoint import (
 from ds_remoe.commands.config import add_config_check, add_config_schema
 from ds_remoe.commands.data import add_data_prepare
 from ds_remoe.commands.doctor import add_doctor
+from ds_remoe.commands.parser import CommandParser
 from ds_remoe.commands.plan import add_plan
 from ds_remoe.commands.supervise import add_supervise
 from ds_remoe.config import ConfigError
@@ -57,7 +58,7 @@ def run() -> NoReturn:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ds-remoe` with all its subcommands."""
-    parser = argparse.ArgumentParser(prog="ds-remoe", description="Train ReLU-routed MoE language models on DeepSpeed.")
+    parser = CommandParser(prog="ds-remoe", description="Train ReLU-routed MoE language models on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"ds-remoe {ds_remoe.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     config = _add_group(commands, "config", "look at configurations")

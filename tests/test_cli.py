@@ -66,6 +66,26 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: ds-remoe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["config", "check", QUICKSTART, "--worldsize", "2"], "--worldsize: did you mean --world-size?"),
+        (["bench", "layer", "--repeat=3", "--thred=2"], "--thred: did you mean --threads?"),
+        (["bench", "step", "file.json", "--settel", "3"], "--settel: did you mean --settle?"),
+        (["plan", QUICKSTART, "other.json"], "unrecognized argument other.json: quote it, or leave it out"),
+    ],
+)
+def test_an_unknown_option_is_refused_by_its_command(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: ds-remoe {arguments[0]}")
+    assert words in error
+
+
 def test_world_size_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["config", "check", QUICKSTART, "--world-size", "0"])

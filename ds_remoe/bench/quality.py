@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ds_remoe.bench.router_settings import with_router
 from ds_remoe.config import RunConfig, load_run
 from ds_remoe.config.schema import DataConfig
 from ds_remoe.data.prepare import prepare
@@ -98,14 +99,10 @@ def _train(
     router: str, config: Path, overrides: Sequence[str], seed: int, pflops: float | None, folder: Path
 ) -> Trained:
     output = folder / _digest(config, overrides) / f"{router}_seed{seed}"
-    settings = [*overrides, f"remoe.train.seed={seed}", f"remoe.train.output_dir={json.dumps(str(output))}"]
-    settings += ["remoe.moe.ep_size=1", f'remoe.moe.router="{router}"']
-    if router == "topk":
-        settings = [s for s in settings if not s.startswith("remoe.sparsity")]
-        if "sparsity" in json.loads(config.read_text(encoding="utf-8"))["remoe"]:
-            settings.append("remoe.sparsity=null")
-        if pflops is not None:
-            settings += _steps_worth(pflops, config, settings)
+    settings = with_router(config, overrides, router)
+    settings += [f"remoe.train.seed={seed}", f"remoe.train.output_dir={json.dumps(str(output))}"]
+    if router == "topk" and pflops is not None:
+        settings += _steps_worth(pflops, config, settings)
     command = [sys.executable, "-m", "ds_remoe.train", "--config", str(config)]
     for setting in settings:
         command += ["--set", setting]

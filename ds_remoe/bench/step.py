@@ -21,6 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from ds_remoe.bench.profile import Share, engine_ranges, time_by_kind
+from ds_remoe.bench.router_settings import with_router
 from ds_remoe.bench.timing import Timing, interleave, ratio
 from ds_remoe.config import load_run
 from ds_remoe.model.flops import flops_per_token
@@ -182,15 +183,7 @@ class _Runner:
 
 def _settings(config: Path, overrides: Sequence[str], router: str, output: Path) -> list[str]:
     """Settings of one rival; nothing is evaluated or saved while it is timed."""
-    settings = [*overrides]
-    if router == "dense":
-        settings = [s for s in settings if not s.startswith("remoe.moe.")] + ['remoe.moe={"router": "dense"}']
-    else:
-        settings += ["remoe.moe.ep_size=1", f'remoe.moe.router="{router}"']
-    if router != "relu":
-        settings = [s for s in settings if not s.startswith("remoe.sparsity")]
-        if "sparsity" in json.loads(config.read_text(encoding="utf-8"))["remoe"]:
-            settings.append("remoe.sparsity=null")
+    settings = with_router(config, overrides, router)
     return [*settings, f"remoe.train.output_dir={json.dumps(str(output))}", f"remoe.train.eval_interval={10**9}"]
 
 

@@ -6,7 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from ds_remoe.commands.parser import CommandParser
+
+    Commands = argparse._SubParsersAction[CommandParser]
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

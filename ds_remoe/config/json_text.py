@@ -8,6 +8,10 @@ from typing import Any, NoReturn
 
 from ds_remoe.config.problems import ConfigProblem
 
+FILE, NUMBER = "file", "number"
+UNPLACED = (FILE, NUMBER)
+"""Fields of problems whose place in the text the reader does not know."""
+
 
 class RefusedJSONError(ValueError):
     """JSON that Python's reader accepts and a configuration must not hold."""
@@ -29,11 +33,11 @@ def parse_json(text: str) -> Any:
             text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_number, parse_float=_finite_float
         )
     except RecursionError:
-        raise RefusedJSONError(ConfigProblem("file", text[:40], "nested too deeply; flatten it")) from None
+        raise RefusedJSONError(ConfigProblem(FILE, text[:40], "nested too deeply; flatten it")) from None
     except (json.JSONDecodeError, RefusedJSONError):
         raise
     except ValueError as error:  # an integer of more digits than Python reads
-        raise RefusedJSONError(ConfigProblem("number", text[:40], f"{error}; write a smaller one")) from None
+        raise RefusedJSONError(ConfigProblem(NUMBER, text[:40], f"{error}; write a smaller one")) from None
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -52,4 +56,4 @@ def _finite_float(text: str) -> float:
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise RefusedJSONError(ConfigProblem("number", text, "not a finite number; write one"))
+    raise RefusedJSONError(ConfigProblem(NUMBER, text, "not a finite number; write one"))

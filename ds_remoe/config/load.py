@@ -101,7 +101,7 @@ def load_run_or_exit(
 def _read(path: Path) -> dict[str, Any]:
     source = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except OSError as error:
         raise ConfigError(source, [ConfigProblem("file", source, f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:

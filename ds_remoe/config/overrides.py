@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
-from ds_remoe.config.json_text import RefusedJSONError, parse_json
+from ds_remoe.config.json_text import UNPLACED, RefusedJSONError, parse_json
 from ds_remoe.config.problems import MISSING, ConfigProblem, join, suggestion
 
 
@@ -43,7 +44,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict
         steps = path.split(".")
         if not separator or not all(steps):
             raise OverrideError(ConfigProblem("--set", text, "write it as PATH=VALUE, for example remoe.moe.k=2"))
-        _apply(changed, steps, _parse(value))
+        _apply(changed, steps, _parse(path, value))
     return changed
 
 
@@ -70,10 +71,11 @@ def _refuse_removal(target: Mapping[str, Any], steps: Sequence[str]) -> NoReturn
     raise OverrideError(ConfigProblem(join(".".join(steps[:-1]), steps[-1]), MISSING, remedy))
 
 
-def _parse(text: str) -> Any:
+def _parse(path: str, text: str) -> Any:
     try:
         return parse_json(text)
     except json.JSONDecodeError:
         return text
     except RefusedJSONError as error:
-        raise OverrideError(error.problem) from None
+        field = path if error.problem.field in UNPLACED else join(path, error.problem.field)
+        raise OverrideError(replace(error.problem, field=field)) from None
