@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_wrong_use_of_multinode_is_refused(arguments: tuple[str, ...], message: 
     done = multinode(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_gpu_check_overwrites_nothing_and_needs_a_gpu(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path}
+    for folder, message in ((tmp_path, "exists; move it away"), (tmp_path / "new", "torch finds no CUDA device")):
+        command = ["bash", "launch/gpu_check.sh", str(folder)]
+        done = subprocess.run(command, cwd=LAUNCH.parent, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
