@@ -36,7 +36,7 @@ ds_remoe() { python3 -m ds_remoe.cli "$@"; }
 
 step tests python3 -m pytest -q -rs tests/test_kernels*.py
 step kernels ds_remoe bench kernels --output "$folder/kernels.json"
-step layer ds_remoe bench layer --widths 182M 469M 978M --output "$folder/layer.json"
+step layer ds_remoe bench layer --widths 182M 469M 978M --tokens 16384 --output "$folder/layer.json"
 step data ds_remoe data prepare ds_configs/quickstart.json
 step step ds_remoe bench step ds_configs/quickstart.json --settle 170 --repeats 20 --output "$folder/step.json"
 ranks=$((gpus < 2 ? 1 : 2))
