@@ -30,7 +30,7 @@ KERNELS = {
     "exchange_triton": {"_pack_kernel", "_count_kernel", "_unpack_kernel", "_combine_kernel"},
 }
 FOLDER = Path(__file__).parents[1] / "ds_remoe" / "kernels"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+LIMITS = {80: (163 << 10, 64), 90: (227 << 10, 128)}
 
 
 class Driver:
@@ -51,18 +51,23 @@ class Driver:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_launches(capability: int, dtype: torch.dtype) -> dict[str, list[str]]:
-    """Call every host function with tensors of the CPU; launches compile and stop there. The PTX of each kernel."""
+def compile_launches(capability: int, dtype: torch.dtype) -> dict[str, list[Any]]:
+    """Call every host function with tensors of the CPU; launches compile and stop there.
+
+    Returns:
+        for each kernel the (PTX, bytes of shared memory) of its launches.
+    """
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    compiled: dict[str, list[str]] = {}
+    compiled: dict[str, list[Any]] = {}
     launch = JITFunction.run
 
     def only_compile(self: Any, *args: Any, **kwargs: Any) -> None:
         kernel = launch(self, *args, **{**kwargs, "warmup": True})
-        compiled.setdefault(f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}", []).append(kernel.asm["ptx"])
+        name = f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}"
+        compiled.setdefault(name, []).append((kernel.asm["ptx"], kernel.metadata.shared))
 
     driver.set_active(Driver(capability))
     JITFunction.run = only_compile
@@ -77,7 +82,7 @@ def _launch_all(capability: int, dtype: torch.dtype) -> None:
     from ds_remoe.kernels.exchange import PeerPrefix, Prefix
     from ds_remoe.kernels.pair_groups import PairGroups, RowOrder
 
-    tuning._shared_memory = lambda device: SHARED_MEMORY[capability]
+    tuning._limits = lambda device: LIMITS[capability]
     tokens, experts, d, h = 256, 4, 128, 64
     logits, mask = torch.randn(experts, tokens), torch.ones(experts, tokens, dtype=torch.bool)
     for used in (None, mask[0]):
@@ -110,9 +115,21 @@ def _launch_all(capability: int, dtype: torch.dtype) -> None:
     exchange_triton.combine_rows(x, x, prefix.rows, tokens)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(90, "bfloat16"), (80, "float32")])
+def spilled_bytes(ptx: str, capability: int, folder: Path) -> list[int]:
+    """What the functions of a program keep in memory for want of registers, as NVIDIA's assembler says."""
+    import triton
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    (folder / "kernel.ptx").write_text(ptx)
+    architecture = "sm_90a" if capability == 90 else f"sm_{capability}"
+    command = [assembler, "-v", "--gpu-name", architecture, folder / "kernel.ptx", "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(90, "bfloat16"), (80, "bfloat16"), (80, "float32")])
 def test_every_launch_compiles(capability: int, dtype: str, tmp_path: Path) -> None:
-    """On Hopper in bf16 to its own matrix instructions and asynchronous copies."""
+    """The GEMMs with asynchronous copies, on Hopper with its own matrix instructions, and without spilt registers."""
     program = (
         "import json, sys, torch; from test_kernels_compile import compile_launches;"
         f"json.dump(compile_launches({capability}, torch.{dtype}), open(sys.argv[1], 'w'))"
@@ -126,10 +143,12 @@ def test_every_launch_compiles(capability: int, dtype: str, tmp_path: Path) -> N
     compiled = json.loads(result.read_text())
     assert set(compiled) == {f"{module}.{kernel}" for module, kernels in KERNELS.items() for kernel in kernels}
     for name in KERNELS["grouped_swiglu_triton_kernels"]:
-        for ptx in compiled[f"grouped_swiglu_triton_kernels.{name}"]:
+        for ptx, shared in dict(compiled[f"grouped_swiglu_triton_kernels.{name}"]).items():
             assert f".target sm_{capability}" in ptx
             assert "cp.async" in ptx, name
             assert capability < 90 or "wgmma.mma_async" in ptx, name
+            assert shared <= LIMITS[capability][0], name
+            assert spilled_bytes(ptx, capability, tmp_path) == [0], name
 
 
 def test_no_kernel_is_left_out() -> None:

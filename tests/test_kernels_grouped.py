@@ -172,12 +172,12 @@ def test_triton_under_the_interpreter() -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("memory", [64 << 10, 99 << 10, 227 << 10])
-def test_every_device_has_a_shape(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limits", [(64 << 10, 64), (99 << 10, 64), (227 << 10, 128)])
+def test_every_device_has_a_shape(limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from ds_remoe.kernels import grouped_swiglu_triton_kernels as kernels
     from ds_remoe.kernels import grouped_swiglu_triton_tuning as tuning
 
-    monkeypatch.setattr(tuning, "_shared_memory", lambda device: memory)
+    monkeypatch.setattr(tuning, "_limits", lambda device: limits)
     for kernel in (kernels.swiglu_forward, kernels.swiglu_backward, kernels.pair_matmul, kernels.weight_gradient):
         for dtype in TOLERANCES:
             for rows in (16, 32, 64, 128)[: 3 if dtype == torch.float32 else 4]:

@@ -30,9 +30,11 @@ SHAPES: tuple[Shape, ...] = (
     (128, 64, 8, 4),
     (256, 64, 8, 3),
     (128, 64, 4, 3),
+    (64, 64, 8, 3),
     (64, 64, 4, 4),
     (64, 32, 4, 4),
     (64, 32, 4, 2),
+    (64, 32, 8, 3),
 )
 WIDE_FLOAT_SHAPES: tuple[Shape, ...] = ((64, 32, 4, 3), (64, 32, 8, 2), (64, 16, 4, 3), (32, 32, 4, 3))
 INTERPRETED_SHAPE: Shape = (32, 32, 4, 1)
@@ -41,8 +43,9 @@ MIN_BLOCK_N = min(shape[0] for shape in (*SHAPES, *WIDE_FLOAT_SHAPES, INTERPRETE
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Read once, as Triton does when its kernels are defined."""
 
-MAX_SUMS_PER_THREAD = 128
-"""fp32 sums that a thread can hold beside its addresses without spilling registers."""
+MAX_SUMS_PER_THREAD, MAX_SUMS_BESIDE_FACTORS = 128, 64
+"""fp32 sums that a thread can hold without spilling registers: from Hopper on, and before, where the matrix
+instructions take their factors from registers, too."""
 
 SMALLEST_SHARED_MEMORY = 64 << 10
 
@@ -139,7 +142,7 @@ def _that_fit(
     tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     itemsize = tensor.element_size()
     wanted = WIDE_FLOAT_SHAPES if itemsize == 4 else SHAPES
-    memory = _shared_memory(tensor.device)
+    memory, most_sums = _limits(tensor.device)
     fitting = []
     for config in configs:
         n, k = config.kwargs["BLOCK_N"], config.kwargs["BLOCK_K"]
@@ -147,7 +150,12 @@ def _that_fit(
         sums = rows * n * matrices // (32 * config.num_warps)
         needed = config.num_stages * (rows + matrices * n) * k * itemsize
         listed = (n, k, config.num_warps, config.num_stages) in wanted
-        if listed and sums <= max_sums and needed <= memory and not (rows < 64 and config.num_warps > 4):
+        if (
+            listed
+            and sums <= min(max_sums, most_sums)
+            and needed <= memory
+            and not (rows < 64 and config.num_warps > 4)
+        ):
             fitting.append(config)
     if not fitting:
         raise RuntimeError(
@@ -157,7 +165,8 @@ def _that_fit(
     return fitting if autotuning() else fitting[:1]
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Shared memory that a program may have, in bytes."""
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Shared memory that a program may have, in bytes, and the most sums of a thread."""
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED_MEMORY))
+    memory = int(getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED_MEMORY))
+    return memory, MAX_SUMS_PER_THREAD if properties.major >= 9 else MAX_SUMS_BESIDE_FACTORS
