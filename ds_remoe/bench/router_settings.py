@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_remoe.config import load_run
+from ds_remoe.config.load import read_run_file
 
 
 def with_router(config: Path, overrides: Sequence[str], router: str) -> list[str]:
@@ -23,6 +23,6 @@ def with_router(config: Path, overrides: Sequence[str], router: str) -> list[str
         settings += ["remoe.moe.ep_size=1", f'remoe.moe.router="{router}"']
     if router != "relu":
         settings = [s for s in settings if not s.startswith("remoe.sparsity")]
-        if "sparsity" in load_run(config, world_size=None).remoe.model_fields_set:
+        if "sparsity" in read_run_file(config).get("remoe", {}):
             settings.append("remoe.sparsity=null")
     return settings

@@ -68,7 +68,7 @@ def load_run(
     path = Path(path)
     source = str(path)
     try:
-        config = apply_overrides(_read(path), overrides)
+        config = apply_overrides(read_run_file(path), overrides)
     except OverrideError as error:
         raise ConfigError(source, [error.problem]) from None
     clean, problems = check_sections(config)
@@ -98,7 +98,12 @@ def load_run_or_exit(
         leave(str(error))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The object in a run's file, its content not checked yet.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no such object.
+    """
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
