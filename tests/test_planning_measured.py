@@ -65,16 +65,7 @@ def config_of(stage: int, ep_size: int, half: bool) -> dict[str, Any]:
 def engine_states(config: dict[str, Any]) -> dict[str, int]:
     """Bytes of a real engine: parameters, the most gradients of a step, and optimizer states."""
     model = Decoder(ModelConfig(**config["remoe"]["model"]), MoEConfig(**config["remoe"]["moe"]), VOCAB, seed=0)
-    stage, most = config["zero_optimization"]["stage"], 0
-
-    def before_the_last_gradient_is_reduced(_: Tensor) -> None:
-        nonlocal most
-        optimizer = engine.optimizer
-        sums = [t for group in optimizer.all_grad_tensors.values() if group for t in group]
-        most = max(most, storage_bytes([*sums, optimizer.grads_in_partition]))
-
-    if stage == 2:
-        model.embedding.weight.register_post_accumulate_grad_hook(before_the_last_gradient_is_reduced)
+    most = 0
     engine, *_ = initialize(model=model, model_parameters=list(model.parameters()), config=config)
     for _ in range(config["gradient_accumulation_steps"]):
         tokens = torch.randint(VOCAB, (2, SHAPE["seq_length"]))

@@ -47,23 +47,21 @@ def model_states(groups: Sequence[ParamGroup], settings: EngineSettings) -> Stat
         return States(item * elements, item * elements, optimizer_bytes * elements, 0, step, 0)
     partition = sum(group.partition for group in groups)
     largest = max(group.partition for group in groups)
-    touched = float(sum(group.touched for group in groups))
     buckets: float = settings.bucket * item * (2 if settings.overlap else 1)
-    gradients, step = item * elements, item * touched
     if stage == 2:
-        # The sum of the earlier micro-batches and the last one's gradients stand side by side.
-        gradients, step = item * touched * (2 if settings.accumulation > 1 else 1), 0.0
         buckets += item * min(settings.bucket, elements)
     parameters = item * sum(group.padded for group in groups)
     if not settings.offload:
-        # The partition's gradients flattened, in fp32, and Adam's denominator, one group at a time.
-        step += (item + 2 * FP32) * largest
+        # At stage 1 those of the parameters, and at the step the partition's; at stage 2 that alone.
+        gradients, step = (item * partition, 0.0) if stage == 2 else (item * elements, float(item * partition))
+        # One group at a time: its gradients in fp32, and Adam's denominator where no kernel does the whole step.
+        step += FP32 * largest * ((item < FP32) + (not settings.fused_optimizer))
         return States(parameters, gradients, optimizer_bytes * partition, buckets, step, 0)
     temporary = item * max(size for group in groups for size in group.sizes)
     host: float = (optimizer_bytes + settings.master_bytes + item) * partition + temporary
     if settings.accumulation > 1:
-        host += FP32 * touched
-    device_gradients = 0 if stage == 2 else gradients
+        host += FP32 * sum(group.touched for group in groups)
+    device_gradients = 0 if stage == 2 else item * elements
     return States(parameters, device_gradients, 0, buckets + temporary, 0, host)
 
 

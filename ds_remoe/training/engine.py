@@ -23,6 +23,7 @@ from ds_remoe.deepspeed_compat import (
     without_update,
     zero_norm_veto,
 )
+from ds_remoe.deepspeed_gradients import keep_gradients_flat
 from ds_remoe.deepspeed_loss_scale import scale_loss_at_stage_0
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.sparsity import SparsityController, find_routers
@@ -138,6 +139,7 @@ def initialize(
     engine = results[0]
     engine.remoe = state
     scale_loss_at_stage_0(engine)
+    keep_gradients_flat(engine)
     _tie_step(engine, state)
     tie_checkpoints(engine, state.controller, state.carried, trust=trust_checkpoints)
     return results

@@ -1,0 +1,223 @@
+"""Gradients of ZeRO 1 and 2, kept where the optimizer steps them.
+
+Checked against DeepSpeed 0.19.8. It copies each reduced gradient, of the whole parameter, out of its bucket, keeps the
+last micro-batch's beside the sum of those before, converts them one by one to measure their norm, and at the step
+concatenates those of a partition. Its step also takes a partition that is flat already, as its own fp32 accumulation
+makes it; here every partition is, from the first micro-batch on. And where one rank alone has a parameter, as with
+experts at ep_size = world size, nothing is packed, reduced and unpacked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from torch import Tensor
+
+_REDUCTIONS = ("allreduce_and_copy", "allreduce_and_copy_with_multiple_ranks")
+_FLAT = ("copy_grads_in_partition", "get_all_grad_tensors", "get_flat_partition")
+_NORM = "get_grad_norm_direct"
+_NORM_BLOCK = 4096
+
+
+def keep_gradients_flat(engine: Any) -> None:
+    """Have a ZeRO 1 or 2 engine put each reduced gradient where its optimizer steps it.
+
+    Weights and losses stay bit for bit those of DeepSpeed's own passes, but for the last digits of the norm by which
+    gradients are clipped. An engine that steps otherwise (another stage, offloading, Muon, gradients outside of
+    buckets, model parallelism) is left as it is.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or engine.mpu is not None:
+        return
+    if optimizer.cpu_offload or optimizer.zenflow or not optimizer.contiguous_gradients:
+        return
+    if "muon" in type(optimizer.optimizer).__name__.lower():
+        return
+    setattr(optimizer, _NORM, _flat_norm(getattr(optimizer, _NORM)))
+    for name in _REDUCTIONS:
+        setattr(optimizer, name, _among_several(getattr(optimizer, name), optimizer.dp_process_group))
+    # With a dtype of their own DeepSpeed sums gradients in a flat partition itself.
+    if optimizer.gradient_accumulation_dtype == optimizer.dtype:
+        gradients = _Gradients(optimizer)
+        for name in _FLAT:
+            setattr(optimizer, name, getattr(gradients, name))
+
+
+def restore_deepspeed_gradients(engine: Any) -> None:
+    """Undo `keep_gradients_flat` between two steps, for a benchmark of both."""
+    for name in (_NORM, *_REDUCTIONS, *_FLAT):
+        vars(engine.optimizer).pop(name, None)
+
+
+def block_norms(flat: Tensor) -> Tensor:
+    """L2 norms of blocks of a vector, whose norm is the vector's: summed in at least fp32 in a block, fp64 across.
+
+    Args:
+        flat: [N], any floating dtype.
+
+    Returns:
+        [N // 4096 + 1] fp64.
+    """
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1, dtype=dtype)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
+    return torch.cat([rows, rest.view(1)]).double()
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Elements of one parameter in this rank's partition: from `source` in the parameter, from `start` there."""
+
+    source: int
+    start: int
+    numel: int
+    shape: torch.Size
+
+
+class _Partition:
+    """This rank's share of a parameter group's gradients."""
+
+    def __init__(self, optimizer: Any, group: int) -> None:
+        self._optimizer, self._group = optimizer, group
+        self._size = int(optimizer.partition_size[group])
+        rank = dist.get_rank(optimizer.real_dp_process_group[group])
+        self._slices: dict[int, _Slice] = {}
+        for parameter in optimizer.params_in_partition[group]:
+            key = optimizer.get_param_id(parameter)
+            source = int(optimizer.grad_start_offset[group][rank][key])
+            start = int(optimizer.grad_partition_insertion_offset[group][rank][key])
+            numel = min(parameter.numel() - source, self._size - start)
+            self._slices[key] = _Slice(source, start, numel, parameter.shape)
+        self._sum: GradPartitionBufferGroup | None = None
+        self._flat = torch.empty(0)
+        self._filled: set[int] = set()
+
+    def add(self, key: int, gradient: Tensor) -> None:
+        """Add the parameter's reduced gradient to those of the step's earlier micro-batches."""
+        if self._sum is None:
+            self._begin()
+        piece = self._slices[key]
+        place = self._flat.narrow(0, piece.start, piece.numel)
+        gradient = gradient.reshape(-1).narrow(0, piece.source, piece.numel)
+        if key in self._filled:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self._filled.add(key)
+
+    def take(self, unreduced: Mapping[int, Tensor | None]) -> GradPartitionBufferGroup:
+        """The sum for the optimizer's step; the next micro-batch begins another one.
+
+        Args:
+            unreduced: what stands at the parameters, for those of which nothing was reduced; zero if nothing does.
+        """
+        if self._sum is None:
+            self._begin()
+        for key in self._slices.keys() - self._filled:
+            gradient = unreduced[key]
+            if gradient is not None:
+                self.add(key, gradient)
+            else:
+                self._flat.narrow(0, self._slices[key].start, self._slices[key].numel).zero_()
+        taken, self._sum, self._flat = self._sum, None, torch.empty(0)
+        return taken
+
+    def _begin(self) -> None:
+        handed_over = self._optimizer.averaged_gradients.get(self._group)
+        if handed_over is not None:
+            # A second backward pass, or phase of one, before the step.
+            self._sum, self._flat, self._filled = handed_over, handed_over.flat_partition, set(self._slices)
+            return
+        device, dtype = get_accelerator().current_device_name(), self._optimizer.dtype
+        self._flat, self._filled = torch.empty(self._size, dtype=dtype, device=device), set()
+        views, end = [], 0
+        for piece in self._slices.values():
+            views += self._padding(end, piece.start)
+            view, end = self._flat.narrow(0, piece.start, piece.numel), piece.start + piece.numel
+            views.append(view.view(piece.shape) if piece.numel == piece.shape.numel() else view)
+        views += self._padding(end, self._size)
+        self._sum = GradPartitionBufferGroup(views, self._flat)
+
+    def _padding(self, start: int, end: int) -> list[Tensor]:
+        if start == end:
+            return []
+        padding = self._flat.narrow(0, start, end - start).zero_()
+        padding._zero_padding = True  # type: ignore[attr-defined]
+        return [padding]
+
+
+class _Gradients:
+    """The partitions of all groups, behind the names of the methods of DeepSpeed's that they stand in for."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._partitions = [_Partition(optimizer, group) for group in range(len(optimizer.params_in_partition))]
+
+    def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
+        """Keep a gradient that was reduced; it stands in a bucket that is used again."""
+        optimizer = self._optimizer
+        group = optimizer._get_param_group_idx(param) if group_idx is None else group_idx
+        assert param.grad is not None
+        self._partitions[group].add(optimizer.get_param_id(param), param.grad)
+        param.grad = None
+
+    def get_all_grad_tensors(self, tensor_list: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Gradients of a micro-batch to be summed with those before: none, they are."""
+        return []
+
+    def get_flat_partition(
+        self,
+        tensor_list: Sequence[Tensor],
+        first_offset: int,
+        partition_size: int,
+        dtype: torch.dtype,
+        device: Any,
+        param_group_idx: int,
+        return_tensor_list: bool = False,
+    ) -> list[Tensor] | Tensor:
+        """The sum over the step's micro-batches."""
+        unreduced = {self._optimizer.get_param_id(parameter): parameter.grad for parameter in tensor_list}
+        taken = self._partitions[param_group_idx].take(unreduced)
+        return taken if return_tensor_list else taken.flat_partition
+
+
+def _flat_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Measure a flat partition at once; the sum over ranks stays DeepSpeed's."""
+
+    @functools.wraps(original)
+    def get_grad_norm_direct(gradients: Any, params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
+        flat = getattr(gradients, "flat_partition", None)
+        if flat is not None and norm_type == 2:
+            gradients, params = [block_norms(flat)], params[:1]
+        return original(gradients, params, norm_type)
+
+    return get_grad_norm_direct
+
+
+def _among_several(original: Callable[..., None], default_group: Any) -> Callable[..., None]:
+    """Leave a bucket as it is where its group is one rank, whose sum it is already."""
+
+    @functools.wraps(original)
+    def reduce(
+        small_bucket: Sequence[Tensor],
+        communication_data_type: torch.dtype,
+        *args: Any,
+        process_group: Any = None,
+        output_bucket: Sequence[Tensor | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        group = default_group if process_group is None else process_group
+        is_sum = dist.get_world_size(group) == 1 and all(t.dtype == communication_data_type for t in small_bucket)
+        if not is_sum or any(output is not None for output in output_bucket or ()):
+            kwargs |= {"process_group": process_group, "output_bucket": output_bucket}
+            original(small_bucket, communication_data_type, *args, **kwargs)
+
+    return reduce
