@@ -3,8 +3,8 @@
 Checked against DeepSpeed 0.19.8. It copies each reduced gradient, of the whole parameter, out of its bucket, keeps the
 last micro-batch's beside the sum of those before, converts them one by one to measure their norm, and at the step
 concatenates those of a partition. Its step also takes a partition that is flat already, as its own fp32 accumulation
-makes it; here every partition is, from the first micro-batch on. And where one rank alone has a parameter, as with
-experts at ep_size = world size, nothing is packed, reduced and unpacked.
+makes it; here every partition is, from the first micro-batch on. And where one rank alone has a group's parameters, as
+experts at ep_size = world size, their gradients go there without a bucket.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
-_REDUCTIONS = ("allreduce_and_copy", "allreduce_and_copy_with_multiple_ranks")
-_FLAT = ("copy_grads_in_partition", "get_all_grad_tensors", "get_flat_partition")
+_FLAT = (
+    "reduce_ready_partitions_and_remove_grads",
+    "copy_grads_in_partition",
+    "get_all_grad_tensors",
+    "get_flat_partition",
+)
 _NORM = "get_grad_norm_direct"
 _NORM_BLOCK = 4096
 
@@ -41,8 +45,6 @@ def keep_gradients_flat(engine: Any) -> None:
     if "muon" in type(optimizer.optimizer).__name__.lower():
         return
     setattr(optimizer, _NORM, _flat_norm(getattr(optimizer, _NORM)))
-    for name in _REDUCTIONS:
-        setattr(optimizer, name, _among_several(getattr(optimizer, name), optimizer.dp_process_group))
     # With a dtype of their own DeepSpeed sums gradients in a flat partition itself.
     if optimizer.gradient_accumulation_dtype == optimizer.dtype:
         gradients = _Gradients(optimizer)
@@ -50,10 +52,9 @@ def keep_gradients_flat(engine: Any) -> None:
             setattr(optimizer, name, getattr(gradients, name))
 
 
-def restore_deepspeed_gradients(engine: Any) -> None:
-    """Undo `keep_gradients_flat` between two steps, for a benchmark of both."""
-    for name in (_NORM, *_REDUCTIONS, *_FLAT):
-        vars(engine.optimizer).pop(name, None)
+def restore_deepspeed_gradients(engine: Any) -> bool:
+    """Undo `keep_gradients_flat` between two steps, for a benchmark of both; False where it had done nothing."""
+    return any([vars(engine.optimizer).pop(name, None) for name in (_NORM, *_FLAT)])
 
 
 def block_norms(flat: Tensor) -> Tensor:
@@ -100,18 +101,20 @@ class _Partition:
         self._flat = torch.empty(0)
         self._filled: set[int] = set()
 
-    def add(self, key: int, gradient: Tensor) -> None:
-        """Add the parameter's reduced gradient to those of the step's earlier micro-batches."""
+    def add(self, key: int, gradient: Tensor, divisor: float = 1.0) -> None:
+        """Add a parameter's gradient, divided, to those of the step's earlier micro-batches."""
         if self._sum is None:
             self._begin()
         piece = self._slices[key]
         place = self._flat.narrow(0, piece.start, piece.numel)
         gradient = gradient.reshape(-1).narrow(0, piece.source, piece.numel)
         if key in self._filled:
-            place.add_(gradient)
-        else:
+            place.add_(gradient if divisor == 1 else gradient / divisor)
+        elif divisor == 1:
             place.copy_(gradient)
-            self._filled.add(key)
+        else:
+            torch.div(gradient, divisor, out=place)
+        self._filled.add(key)
 
     def take(self, unreduced: Mapping[int, Tensor | None]) -> GradPartitionBufferGroup:
         """The sum for the optimizer's step; the next micro-batch begins another one.
@@ -160,14 +163,31 @@ class _Gradients:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._partitions = [_Partition(optimizer, group) for group in range(len(optimizer.params_in_partition))]
+        in_buckets = not optimizer.reduce_scatter or getattr(optimizer, "autoep_folding_tp_group", None) is not None
+        self._alone = [dist.get_world_size(g) == 1 and not in_buckets for g in optimizer.real_dp_process_group]
+        ranks = dist.get_world_size(optimizer.dp_process_group) / optimizer.sequence_parallel_size
+        self._divisor = ranks if optimizer.gradient_average else 1.0
+        self._reduce = optimizer.reduce_ready_partitions_and_remove_grads
+
+    def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
+        """Put a gradient that no other rank has into group i's partition, any other into DeepSpeed's bucket."""
+        optimizer = self._optimizer
+        if not self._alone[i] or optimizer.get_param_comm_dtype(param) != param.dtype:
+            self._reduce(param, i)
+            return
+        # DeepSpeed's tiled computations run hooks before a gradient is whole.
+        whole = param.numel() > 0 and getattr(param, "ds_grad_is_ready", True)
+        if whole and (optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()):
+            self._keep(param, i, self._divisor)
 
     def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
         """Keep a gradient that was reduced; it stands in a bucket that is used again."""
-        optimizer = self._optimizer
-        group = optimizer._get_param_group_idx(param) if group_idx is None else group_idx
-        assert param.grad is not None
-        self._partitions[group].add(optimizer.get_param_id(param), param.grad)
-        param.grad = None
+        self._keep(param, self._optimizer._get_param_group_idx(param) if group_idx is None else group_idx)
+
+    def _keep(self, parameter: Tensor, group: int, divisor: float = 1.0) -> None:
+        assert parameter.grad is not None
+        self._partitions[group].add(self._optimizer.get_param_id(parameter), parameter.grad, divisor)
+        parameter.grad = None
 
     def get_all_grad_tensors(self, tensor_list: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Gradients of a micro-batch to be summed with those before: none, they are."""
@@ -200,24 +220,3 @@ def _flat_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return original(gradients, params, norm_type)
 
     return get_grad_norm_direct
-
-
-def _among_several(original: Callable[..., None], default_group: Any) -> Callable[..., None]:
-    """Leave a bucket as it is where its group is one rank, whose sum it is already."""
-
-    @functools.wraps(original)
-    def reduce(
-        small_bucket: Sequence[Tensor],
-        communication_data_type: torch.dtype,
-        *args: Any,
-        process_group: Any = None,
-        output_bucket: Sequence[Tensor | None] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        group = default_group if process_group is None else process_group
-        is_sum = dist.get_world_size(group) == 1 and all(t.dtype == communication_data_type for t in small_bucket)
-        if not is_sum or any(output is not None for output in output_bucket or ()):
-            kwargs |= {"process_group": process_group, "output_bucket": output_bucket}
-            original(small_bucket, communication_data_type, *args, **kwargs)
-
-    return reduce

@@ -1,7 +1,8 @@
 """Whole optimizer steps of ReMoE, dropless TopK and the dense model of equal FLOPs, and where ReMoE's time goes.
 
 Each rival is a `Trainer` of the same run file with another router, trained on real data for some steps first, so that
-the sparsity is what training makes it; then their steps are timed in turns.
+the sparsity is what training makes it; then their steps are timed in turns. At ZeRO 1 and 2 ReMoE runs once more, its
+gradients taken through DeepSpeed's own passes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from ds_remoe.bench.profile import Share, engine_ranges, time_by_kind
 from ds_remoe.bench.router_settings import with_router
 from ds_remoe.bench.timing import Timing, interleave, ratio
 from ds_remoe.config import load_run
+from ds_remoe.deepspeed_gradients import restore_deepspeed_gradients
 from ds_remoe.model.flops import flops_per_token
 from ds_remoe.training import runtime
 from ds_remoe.training.record import StepRecord
 from ds_remoe.training.trainer import Trainer
 
 WHAT = "whole optimizer steps on one device: ReMoE, dropless TopK and the dense model of equal FLOPs, timed in turns"
-ROUTERS = {"ReMoE": "relu", "TopK": "topk", "dense": "dense"}
+STOCK = "ReMoE, DeepSpeed's gradient passes"
+ROUTERS = {"ReMoE": "relu", STOCK: "relu", "TopK": "topk", "dense": "dense"}
 WARMUP, PROFILED_STEPS = 2, 3
 
 
@@ -88,6 +91,8 @@ def measure(config: Path, overrides: Sequence[str], settle: int, repeats: int, f
                 name: _Runner(config, _settings(config, overrides, router, folder / name), device)
                 for name, router in ROUTERS.items()
             }
+            if not restore_deepspeed_gradients(runners[STOCK].trainer.engine):
+                del runners[STOCK]
             for runner in runners.values():
                 for _ in range(settle):
                     runner.step()
