@@ -54,7 +54,8 @@ def keep_gradients_flat(engine: Any) -> None:
 
 def restore_deepspeed_gradients(engine: Any) -> bool:
     """Undo `keep_gradients_flat` between two steps, for a benchmark of both; False where it had done nothing."""
-    return any([vars(engine.optimizer).pop(name, None) for name in (_NORM, *_FLAT)])
+    undone = [vars(engine.optimizer).pop(name, None) for name in (_NORM, *_FLAT)]
+    return any(undone)
 
 
 def block_norms(flat: Tensor) -> Tensor:
