@@ -79,7 +79,7 @@ def compile_launches(capability: int, dtype: torch.dtype) -> dict[str, list[Any]
 def _launch_all(capability: int, dtype: torch.dtype) -> None:
     from ds_remoe.kernels import exchange_triton, grouped_swiglu_triton, relu_routing_triton, swiglu_triton
     from ds_remoe.kernels import grouped_swiglu_triton_tuning as tuning
-    from ds_remoe.kernels.exchange import PeerPrefix, Prefix
+    from ds_remoe.kernels.exchange import PeerPrefix, Prefix, Room
     from ds_remoe.kernels.pair_groups import PairGroups, RowOrder
 
     tuning._limits = lambda device: LIMITS[capability]
@@ -110,7 +110,7 @@ def _launch_all(capability: int, dtype: torch.dtype) -> None:
         mask_TE = torch.ones(tokens, 2 * local, dtype=torch.bool)
         prefix, weights_TE, all_pairs = Prefix.of(mask_TE, 2, 0), torch.rand(mask_TE.shape), mask_TE.numel()
         for given in (weights_TE, weights_TE.t().contiguous().t()):
-            packed = exchange_triton.pack(x, given, mask_TE, prefix, 0, 2 * tokens, all_pairs, tokens, dtype)
+            packed = exchange_triton.pack(x, given, mask_TE, prefix, 0, Room(2 * tokens, all_pairs, tokens), dtype)
         exchange_triton.unpack(packed.words, PeerPrefix(prefix.rows[:3], prefix.pairs[:3]), local, tokens, all_pairs)
     exchange_triton.combine_rows(x, x, prefix.rows, tokens)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_remoe.kernels import exchange
-from ds_remoe.kernels.exchange import Prefix
+from ds_remoe.kernels.exchange import Prefix, Room
 
 # tokens, width, ranks, experts of a rank, share of active pairs
 CASES = [(5, 3, 2, 1, 0.5), (13, 40, 4, 3, 0.3), (6, 5, 2, 34, 0.4), (2, 2050, 2, 32, 1.0)]
@@ -33,8 +33,8 @@ def pack_for(me: int, ranks: int, case: tuple[Tensor, ...], wire: torch.dtype) -
     x_TD, weights_TE, mask_TE = case
     prefix = Prefix.of(mask_TE, ranks, me)
     of_peers = prefix.of_peers()
-    num_rows, num_pairs, remote = (int(n) for n in (of_peers.rows[-1], of_peers.pairs[-1], of_peers.rows[-2]))
-    return exchange.pack(x_TD, weights_TE, mask_TE, prefix, me, num_rows, num_pairs, remote, wire), prefix
+    leaving = Room(*(int(n) for n in (of_peers.rows[-1], of_peers.pairs[-1], of_peers.rows[-2])))
+    return exchange.pack(x_TD, weights_TE, mask_TE, prefix, me, leaving, wire), prefix
 
 
 def unpack_own(packed: exchange.Packed, prefix: Prefix, local: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -99,18 +99,37 @@ def compare_with_twins(device: str) -> None:
         x_TD, weights_TE, mask_TE = case
         for wire in {dtype, torch.bfloat16}:
             packed, prefix = pack_for(me, ranks, case, wire)
-            rows, pairs, remote = len(packed.row_tokens_N), len(packed.weight_ids_K), len(packed.rows)
-            twin = exchange.torch_pack(x_TD, weights_TE, mask_TE, prefix, me, rows, pairs, remote, wire)
+            leaving = Room(len(packed.row_tokens_N), len(packed.weight_ids_K), len(packed.rows))
+            twin = exchange.torch_pack(x_TD, weights_TE, mask_TE, prefix, me, leaving, wire)
             assert_same(packed.rows, twin.rows, rounded=wire != dtype)
             for name in ("words", "row_tokens_N", "weight_ids_K"):
                 assert torch.equal(getattr(packed, name), getattr(twin, name)), name
+            check_rooms(packed, case, prefix, me, wire, exchange.mask_words(local, torch.int32))
         sizes = prefix.of_peers().rows.diff().tolist()
+        rows, remote = leaving.rows, leaving.remote_rows
         back = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         got = exchange.combine_rows(back[:remote], back[remote:], packed.row_tokens_N, prefix.rows, sizes, tokens)
         expected = exchange.torch_combine_rows(back[:remote], back[remote:], packed.row_tokens_N, sizes, tokens)
         assert_same(got, expected, rounded=dtype == torch.bfloat16)
         if dtype == torch.float32:  # the words are the same whatever the rows' dtype is
             check_unpack(packed, prefix, local)
+
+
+def check_rooms(
+    packed: exchange.Packed, case: tuple[Tensor, ...], prefix: Prefix, me: int, wire: torch.dtype, row_words: int
+) -> None:
+    """More room changes nothing; less leaves out what has no place, and nothing else."""
+    leaving = Room(len(packed.row_tokens_N), len(packed.weight_ids_K), len(packed.rows))
+    ahead = exchange.pack_ahead(*case, prefix, me, leaving.widened(), wire)
+    assert ahead is not None
+    for name, expected in vars(packed).items():
+        assert torch.equal(getattr(ahead.cut(leaving, row_words), name), expected), name
+    small = Room(leaving.rows // 2, leaving.pairs // 2, leaving.remote_rows // 2)
+    part = exchange.pack_ahead(*case, prefix, me, small, wire)
+    assert part is not None
+    for name, expected in vars(packed).items():
+        kept = getattr(part, name)
+        assert torch.equal(kept, expected[: len(kept)]), name
 
 
 def check_unpack(packed: exchange.Packed, prefix: Prefix, local: int) -> None:

@@ -11,8 +11,13 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
+from ds_remoe.kernels import exchange
+
 TOKENS, D, H, EXPERTS, SILENT, BUSY = 40, 20, 12, 6, 0, 1
 BUDGETS = (None, 0.5)
+CUT = exchange.Packed.cut
+Case = tuple[str, int, float | None, bool, int]
+"""Router, ep_size, activation budget, hierarchical_all_to_all, and tokens of a forward pass before the one compared."""
 
 
 def compare_layers() -> list[str]:
@@ -20,31 +25,37 @@ def compare_layers() -> list[str]:
     return [line for case in cases() for line in compare(*case)]
 
 
-def cases() -> Iterator[tuple[str, int, float | None, bool]]:
+def cases() -> Iterator[Case]:
     for router, ep_size, budget in itertools.product(("relu", "topk"), (1, 2), BUDGETS):
-        yield router, ep_size, budget, False
-    yield "relu", 2, None, True
+        yield router, ep_size, budget, False, 0
+    yield "relu", 2, None, True, 0
+    for before in (5, TOKENS):  # room for too little, and for enough
+        yield "relu", 2, None, False, before
 
 
-def compare(router: str, ep_size: int, budget: float | None, by_nodes: bool) -> list[str]:
-    on_kernels, on_twins = (run_layer(router, ep_size, budget, by_nodes, kernels) for kernels in ("auto", "torch"))
+def compare(*case: *Case) -> list[str]:
+    on_kernels, on_twins = (run_layer(*case, kernels=kernels) for kernels in ("auto", "torch"))
     wrong = []
     for name, expected in on_twins.items():
         error = float((on_kernels[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
         if not error < 2e-5:
-            wrong.append(f"{name}: {error:.1e} with {router}, ep_size {ep_size}, budget {budget}, by_nodes {by_nodes}")
+            wrong.append(f"{name}: {error:.1e} with {case}")
     return wrong
 
 
-def run_layer(router: str, ep_size: int, budget: float | None, by_nodes: bool, kernels: str) -> dict[str, Tensor]:
+def run_layer(
+    router: str, ep_size: int, budget: float | None, by_nodes: bool, before: int, kernels: str
+) -> dict[str, Tensor]:
     """Output, counts and all gradients; one expert has no token, one all of them."""
     from ds_remoe import MoE
+    from ds_remoe.kernels import exchange
     from ds_remoe.kernels.backend import kernels_wanted, use_triton
     from ds_remoe.kernels.grouped_swiglu_triton_kernels import INTERPRETED
     from ds_remoe.moe import budget as budgets
     from ds_remoe.moe.experts import SwiGLU
 
     budgets.MIN_CHUNK_PAIRS = 16  # so that the budget cuts the busy expert
+    exchange.SPARE = 0
     os.environ["DS_REMOE_KERNELS"] = kernels
     kernels_wanted.cache_clear()
     torch.manual_seed(0)
@@ -68,7 +79,12 @@ def run_layer(router: str, ep_size: int, budget: float | None, by_nodes: bool, k
     with torch.no_grad():
         weight = layer.deepspeed_moe.gate.wg.weight.normal_(generator=torch.Generator().manual_seed(2))
         weight[SILENT, 0], weight[BUSY, 0] = -50.0, 50.0
+    if before:
+        layer(x.detach()[:before])
+    taken = []
+    exchange.Packed.cut = lambda packed, *to: taken.append(to) or CUT(packed, *to)
     output, l_aux, counts = layer(x)
+    assert len(taken) == (kernels == "auto" and before == TOKENS), "packed ahead or not"
     assert counts[SILENT] == 0
     assert counts[BUSY] == TOKENS
     upstream = torch.randn(output.shape, generator=generator)

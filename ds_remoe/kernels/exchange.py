@@ -21,6 +21,9 @@ from torch import Tensor
 from ds_remoe.kernels.backend import use_triton
 from ds_remoe.kernels.pair_groups import RowOrder
 
+SPARE = 64
+"""Rows or pairs of a room beyond the sixteenth that it has more than was needed last."""
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -63,6 +66,28 @@ class PeerPrefix:
 
 
 @dataclass(frozen=True)
+class Room:
+    """How much leaves a rank, or fits into the buffers for it.
+
+    Attributes:
+        rows, pairs: over all peers, this rank included.
+        remote_rows: rows of the other ranks.
+    """
+
+    rows: int
+    pairs: int
+    remote_rows: int
+
+    def holds(self, other: Room) -> bool:
+        """True if as much as `other` fits."""
+        return self.rows >= other.rows and self.pairs >= other.pairs and self.remote_rows >= other.remote_rows
+
+    def widened(self) -> Room:
+        """A sixteenth more, as routing moves that little from one batch to the next."""
+        return Room(*(n + n // 16 + SPARE for n in (self.rows, self.pairs, self.remote_rows)))
+
+
+@dataclass(frozen=True)
 class Packed:
     """What leaves a rank, peer by peer; the last peer is the rank itself, whose rows stay where they are.
 
@@ -77,6 +102,11 @@ class Packed:
     words: Tensor
     row_tokens_N: Tensor
     weight_ids_K: Tensor
+
+    def cut(self, to: Room, row_words: int) -> Packed:
+        """The part of buffers that were made for more."""
+        words = self.words[: to.pairs + to.rows * row_words]
+        return Packed(self.rows[: to.remote_rows], words, self.row_tokens_N[: to.rows], self.weight_ids_K[: to.pairs])
 
 
 def peers_first(values: Tensor, me: int) -> Tensor:
@@ -100,9 +130,7 @@ def pack(
     mask_TE: Tensor,
     prefix: Prefix,
     me: int,
-    num_rows: int,
-    num_pairs: int,
-    remote_rows: int,
+    leaving: Room,
     wire_dtype: torch.dtype,
 ) -> Packed:
     """Gather each token once for each peer that wants it, with the weights and masks of its pairs.
@@ -113,13 +141,31 @@ def pack(
         mask_TE: bool, active pairs.
         prefix: of mask_TE.
         me: this rank's index in the group.
-        num_rows, num_pairs: totals over all peers.
-        remote_rows: rows of the other ranks.
+        leaving: how much that is.
         wire_dtype: of the rows that leave.
     """
+    packed = pack_ahead(x_TD, weights_TE, mask_TE, prefix, me, leaving, wire_dtype)
+    return torch_pack(x_TD, weights_TE, mask_TE, prefix, me, leaving, wire_dtype) if packed is None else packed
+
+
+def pack_ahead(
+    x_TD: Tensor,
+    weights_TE: Tensor,
+    mask_TE: Tensor,
+    prefix: Prefix,
+    me: int,
+    room: Room,
+    wire_dtype: torch.dtype,
+) -> Packed | None:
+    """`pack` before the host knows how much leaves: what has no place in the room is left out.
+
+    Returns:
+        None where only the twin runs, which has to know.
+    """
     if use_triton(x_TD) and weights_TE.dtype == torch.float32:
-        return _triton().pack(x_TD, weights_TE, mask_TE, prefix, me, num_rows, num_pairs, remote_rows, wire_dtype)
-    return torch_pack(x_TD, weights_TE, mask_TE, prefix, me, num_rows, num_pairs, remote_rows, wire_dtype)
+        packed: Packed = _triton().pack(x_TD, weights_TE, mask_TE, prefix, me, room, wire_dtype)
+        return packed
+    return None
 
 
 def unpack(
@@ -180,12 +226,11 @@ def torch_pack(
     mask_TE: Tensor,
     prefix: Prefix,
     me: int,
-    num_rows: int,
-    num_pairs: int,
-    remote_rows: int,
+    leaving: Room,
     wire_dtype: torch.dtype,
 ) -> Packed:
     """The plain-torch twin."""
+    num_rows, num_pairs = leaving.rows, leaving.pairs
     (tokens, experts), peers = mask_TE.shape, prefix.peers
     mask_PTL = peers_first(mask_TE.unflatten(1, (peers, -1)).transpose(0, 1), me)
     local = experts // peers
@@ -201,7 +246,7 @@ def torch_pack(
     weight_places_K, mask_places = _places(prefix.of_peers(), num_rows, num_pairs, mask_words(local, word))
     words[weight_places_K] = weights_TE.t().reshape(-1)[weight_ids_K].view(word)
     words[mask_places] = _to_bits(mask_PTL.flatten(0, 1)[row_N], word)
-    rows = x_TD.index_select(0, row_tokens_N[:remote_rows]).to(wire_dtype)
+    rows = x_TD.index_select(0, row_tokens_N[: leaving.remote_rows]).to(wire_dtype)
     return Packed(rows, words, row_tokens_N, weight_ids_K)
 
 

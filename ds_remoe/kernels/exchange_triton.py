@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_remoe.kernels.backend import on_its_device
-from ds_remoe.kernels.exchange import Packed, PeerPrefix, Prefix, mask_words
+from ds_remoe.kernels.exchange import Packed, PeerPrefix, Prefix, Room, mask_words
 
 MAX_BLOCK = 2048
 ROWS_AT_ONCE = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_room", "pairs_room", "remote_room", "words_room"])
 def _pack_kernel(
     x,
     weights,
@@ -36,9 +36,13 @@ def _pack_kernel(
     weights_stride_e,
     mask_stride_t,
     mask_stride_e,
+    rows_room,
+    pairs_room,
+    remote_room,
+    words_room,
     BLOCK: tl.constexpr,
 ):
-    """One program a token: its row, weights and masks for every peer that wants it."""
+    """One program a token: its row, weights and masks for every peer that wants it, as far as there is room."""
     token = tl.program_id(0).to(tl.int64)
     bits = tl.arange(0, 32)
     for peer in range(peers):
@@ -49,7 +53,7 @@ def _pack_kernel(
             rows_before_peer = tl.load(prefix_rows + peer * tokens).to(tl.int64)
             pairs_through_peer = tl.load(prefix_pairs + (peer + 1) * tokens).to(tl.int64)
             rank = tl.where(peer == peers - 1, me, peer + (peer >= me).to(tl.int32))
-            tl.store(row_tokens + row, token)
+            tl.store(row_tokens + row, token, mask=row < rows_room)
             for word in range(row_words):
                 column = word * 32 + bits
                 expert = rank * local + column
@@ -61,15 +65,21 @@ def _pack_kernel(
                     weights + token * weights_stride_t + expert * weights_stride_e, mask=active != 0, other=0.0
                 )
                 position = pair + tl.cumsum(active, axis=0) - active
+                place = position + row_words * rows_before_peer
                 tl.store(
-                    words + position + row_words * rows_before_peer,
+                    words + place,
                     value.to(tl.int32, bitcast=True),
-                    mask=active != 0,
+                    mask=(active != 0) & (place < words_room),
                 )
-                tl.store(weight_ids + position, expert.to(tl.int64) * tokens + token, mask=active != 0)
-                tl.store(words + row * row_words + pairs_through_peer + word, tl.sum(active << bits, axis=0))
+                tl.store(
+                    weight_ids + position,
+                    expert.to(tl.int64) * tokens + token,
+                    mask=(active != 0) & (position < pairs_room),
+                )
+                place = row * row_words + pairs_through_peer + word
+                tl.store(words + place, tl.sum(active << bits, axis=0), mask=place < words_room)
                 pair += tl.sum(active, axis=0)
-            if peer < peers - 1:
+            if (peer < peers - 1) & (row < remote_room):
                 for start in range(0, width, BLOCK):
                     column = start + tl.arange(0, BLOCK)
                     values = tl.load(x + token * x_stride + column, mask=column < width)
@@ -176,19 +186,17 @@ def pack(
     mask_TE: Tensor,
     prefix: Prefix,
     me: int,
-    num_rows: int,
-    num_pairs: int,
-    remote_rows: int,
+    room: Room,
     wire_dtype: torch.dtype,
 ) -> Packed:
-    """See ds_remoe.kernels.exchange.pack."""
+    """See ds_remoe.kernels.exchange.pack_ahead."""
     (tokens, width), local = x_TD.shape, mask_TE.shape[1] // prefix.peers
     row_words = mask_words(local, torch.int32)
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    rows = torch.empty(remote_rows, width, dtype=wire_dtype, device=x_TD.device)
-    words = torch.empty(num_pairs + num_rows * row_words, dtype=torch.int32, device=x_TD.device)
-    row_tokens_N = torch.empty(num_rows, dtype=torch.int64, device=x_TD.device)
-    weight_ids_K = torch.empty(num_pairs, dtype=torch.int64, device=x_TD.device)
+    rows = torch.empty(room.remote_rows, width, dtype=wire_dtype, device=x_TD.device)
+    words = torch.empty(room.pairs + room.rows * row_words, dtype=torch.int32, device=x_TD.device)
+    row_tokens_N = torch.empty(room.rows, dtype=torch.int64, device=x_TD.device)
+    weight_ids_K = torch.empty(room.pairs, dtype=torch.int64, device=x_TD.device)
     _pack_kernel[(tokens,)](
         x_TD,
         weights_TE,
@@ -208,6 +216,10 @@ def pack(
         x_TD.stride(0),
         *weights_TE.stride(),
         *mask_TE.stride(),
+        room.rows,
+        room.pairs,
+        room.remote_rows,
+        len(words),
         BLOCK=min(MAX_BLOCK, triton.next_power_of_2(width)),
     )
     return Packed(rows, words, row_tokens_N, weight_ids_K)

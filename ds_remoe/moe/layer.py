@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
 from ds_remoe.moe.budget import LEAST_BUDGET, ActivationBudget, settled_rows
-from ds_remoe.moe.dispatch import NodeGroups, combine, node_groups, start_dispatch
+from ds_remoe.moe.dispatch import LastDispatch, NodeGroups, combine, node_groups, start_dispatch
 from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, Router, TopKRouter
 from ds_remoe.moe.routing import Routing
@@ -215,6 +215,7 @@ class RoutedExperts(nn.Module):
         self.wire_dtype = wire_dtype
         self.ep_group: torch.distributed.ProcessGroup | None = None
         self.nodes: NodeGroups | None = None
+        self._last = LastDispatch()
 
     def _set_ep_group(self, group: torch.distributed.ProcessGroup) -> None:
         self.ep_group = group
@@ -234,7 +235,9 @@ class RoutedExperts(nn.Module):
                 f"MoE with ep_size = {routing.mask_TE.shape[1] // self.experts.num_local_experts}: the expert-parallel "
                 "group does not exist yet; call ds_remoe.initialize (or layer.set_deepspeed_parallelism()) first"
             )
-        finish = start_dispatch(x_TD, routing, self.ep_group, wire_dtype=self.wire_dtype, nodes=self.nodes)
+        finish = start_dispatch(
+            x_TD, routing, self.ep_group, wire_dtype=self.wire_dtype, nodes=self.nodes, last=self._last
+        )
         if meanwhile is not None:
             meanwhile()
         dispatched = finish()

@@ -7,12 +7,13 @@ group, `nodes` one between nodes and one within.
 
 from ds_remoe.moe.dispatch.api import PendingDispatch, combine, dispatch, start_dispatch
 from ds_remoe.moe.dispatch.nodes import NodeGroups, node_groups
-from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan
+from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan, LastDispatch
 from ds_remoe.moe.dispatch.send import send_again
 
 __all__ = [
     "Dispatched",
     "ExchangePlan",
+    "LastDispatch",
     "NodeGroups",
     "PendingDispatch",
     "combine",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ds_remoe.moe.dispatch.counts import start_counts
 from ds_remoe.moe.dispatch.give_back import return_rows
 from ds_remoe.moe.dispatch.nodes import NodeGroups, start_on_nodes
-from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan
+from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan, LastDispatch
 from ds_remoe.moe.dispatch.stage import Stage
 from ds_remoe.moe.routing import Routing
 
@@ -37,6 +37,7 @@ def start_dispatch(
     *,
     wire_dtype: torch.dtype | None = None,
     nodes: NodeGroups | None = None,
+    last: LastDispatch | None = None,
 ) -> PendingDispatch:
     """Start to bring each token to the ranks of its active experts; call the result to wait for them.
 
@@ -47,6 +48,7 @@ def start_dispatch(
         wire_dtype: in which rows travel between ranks, both ways, forward and backward; None for their own. Rows that
             stay on their rank are not rounded.
         nodes: of `node_groups(group)`; a token then crosses once to each node that wants it, and is spread there.
+        last: kept from one call to the next, lets a GPU pack before the host knows how much it is.
 
     Raises:
         TypeError: wire_dtype is not the tokens' dtype and saves no bytes against it.
@@ -57,10 +59,11 @@ def start_dispatch(
         )
     if group is None or dist.get_world_size(group) == 1:
         return lambda: _all_here(x_TD, routing)
+    last = last or LastDispatch()
     if nodes is not None:
-        return start_on_nodes(x_TD, routing, nodes, wire_dtype)
+        return start_on_nodes(x_TD, routing, nodes, wire_dtype, last)
     counts = start_counts(routing, group)
-    stage = Stage(x_TD, routing, counts, group, wire_dtype)
+    stage = Stage(x_TD, routing, counts, group, wire_dtype, last.first)
 
     def finish() -> Dispatched:
         rows, weights_M, row_ids_M, order = stage.pairs()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_remoe.kernels import exchange
 from ds_remoe.moe.dispatch.counts import Counts
-from ds_remoe.moe.dispatch.record import StagePlan, StageSizes
+from ds_remoe.moe.dispatch.record import LastSent, StagePlan, StageSizes
 from ds_remoe.moe.dispatch.wire import Transfer
 
 
@@ -19,10 +19,13 @@ class Flight:
         counts: of the stage.
         group: where the exchange takes place.
         wire_dtype: in which rows travel; None for their own.
+        last: how much the stage before sent; set for the next one.
     """
 
-    def __init__(self, counts: Counts, group: dist.ProcessGroup, wire_dtype: torch.dtype | None) -> None:
-        self.counts, self.group, self.wire_dtype = counts, group, wire_dtype
+    def __init__(
+        self, counts: Counts, group: dist.ProcessGroup, wire_dtype: torch.dtype | None, last: LastSent
+    ) -> None:
+        self.counts, self.group, self.wire_dtype, self._last = counts, group, wire_dtype, last
         self.sizes: StageSizes
         self._words: tuple[Transfer, Tensor, torch.dtype] | None = None
         self._rows: tuple[Transfer, Tensor] | None = None
@@ -37,18 +40,17 @@ class Flight:
         Returns:
             the plan, and of each pair in the order of departure the index of its weight in weights_TE.t().flatten().
         """
+        tokens = x_TD, weights_TE, mask_TE, prefix, dist.get_rank(self.group)
+        wire_dtype, room = self.wire_dtype or x_TD.dtype, self._last.room
+        # On a GPU the counts, its own too, reach the host when their exchange is done; packing goes on meanwhile.
+        ahead = None if room is None else exchange.pack_ahead(*tokens, room, wire_dtype)
         send_rows_P, send_pairs_P = self.counts.sent()
-        packed = exchange.pack(
-            x_TD,
-            weights_TE,
-            mask_TE,
-            prefix,
-            dist.get_rank(self.group),
-            num_rows=sum(send_rows_P),
-            num_pairs=sum(send_pairs_P),
-            remote_rows=sum(send_rows_P[:-1]),
-            wire_dtype=self.wire_dtype or x_TD.dtype,
-        )
+        leaving = exchange.Room(sum(send_rows_P), sum(send_pairs_P), sum(send_rows_P[:-1]))
+        self._last.room = leaving.widened()
+        if room is not None and ahead is not None and room.holds(leaving):
+            packed = ahead.cut(leaving, exchange.mask_words(self.counts.num_experts, ahead.words.dtype))
+        else:
+            packed = exchange.pack(*tokens, leaving, wire_dtype)
         recv_rows_P, recv_pairs_P = self.counts.received()
         self.sizes = sizes = StageSizes(
             send_rows_P, recv_rows_P, send_pairs_P, recv_pairs_P, x_TD.shape[0], self.group, self.wire_dtype

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_remoe.launch_environment import RANKS_PER_NODE, ranks_per_node
 from ds_remoe.moe.dispatch.counts import SHARE_COLUMNS, Counts, Table, count_table, share_columns
-from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan
+from ds_remoe.moe.dispatch.record import Dispatched, ExchangePlan, LastDispatch
 from ds_remoe.moe.dispatch.stage import Stage
 from ds_remoe.moe.routing import Routing
 
@@ -106,14 +106,14 @@ def _make_groups(ep_group: dist.ProcessGroup) -> NodeGroups | None:
 
 
 def start_on_nodes(
-    x_TD: Tensor, routing: Routing, groups: NodeGroups, wire_dtype: torch.dtype | None
+    x_TD: Tensor, routing: Routing, groups: NodeGroups, wire_dtype: torch.dtype | None, last: LastDispatch
 ) -> Callable[[], Dispatched]:
     """Start to bring tokens to the nodes that want them; the result waits and spreads them within this node."""
     rail_counts, node_counts = _start_counts(routing, groups)
-    between = Stage(x_TD, routing, rail_counts, groups.rail, wire_dtype)
+    between = Stage(x_TD, routing, rail_counts, groups.rail, wire_dtype, last.first)
 
     def finish() -> Dispatched:
-        within = Stage(*between.routing(), node_counts, groups.node, wire_dtype)
+        within = Stage(*between.routing(), node_counts, groups.node, wire_dtype, last.second)
         rows, weights_M, row_ids_M, order = within.pairs()
         plan = ExchangePlan((between.plan, within.plan), x_TD.detach(), node_counts.rows_per_token())
         return Dispatched(rows, row_ids_M, weights_M, node_counts.of_experts(), order, plan)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_remoe.kernels.exchange import Room
 from ds_remoe.kernels.pair_groups import RowOrder
 
 
@@ -99,3 +100,18 @@ class StageSizes:
     def arrived_rows(self) -> int:
         """Rows on this rank after the exchange, its own included."""
         return sum(self.recv_rows_P)
+
+
+@dataclass
+class LastSent:
+    """Room for what one stage of a layer's dispatch sent the last time, and somewhat more; None before the first."""
+
+    room: Room | None = None
+
+
+@dataclass(frozen=True)
+class LastDispatch:
+    """Of both stages of a layer's dispatch, the second only with nodes; a layer keeps one for its next dispatch."""
+
+    first: LastSent = field(default_factory=LastSent)
+    second: LastSent = field(default_factory=LastSent)

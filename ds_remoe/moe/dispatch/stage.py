@@ -18,7 +18,7 @@ from ds_remoe.kernels import exchange
 from ds_remoe.kernels.pair_groups import RowOrder
 from ds_remoe.moe.dispatch.counts import Counts
 from ds_remoe.moe.dispatch.flight import Flight
-from ds_remoe.moe.dispatch.record import StagePlan
+from ds_remoe.moe.dispatch.record import LastSent, StagePlan
 from ds_remoe.moe.routing import Routing
 
 
@@ -31,6 +31,7 @@ class Stage:
         counts: of this routing.
         group: where the exchange takes place.
         wire_dtype: in which rows travel; None for their own.
+        last: how much the same stage of the layer sent before.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Stage:
         counts: Counts,
         group: dist.ProcessGroup,
         wire_dtype: torch.dtype | None,
+        last: LastSent,
     ) -> None:
-        self._flight = Flight(counts, group, wire_dtype)
+        self._flight = Flight(counts, group, wire_dtype, last)
         self._plan: list[StagePlan] = []
         self._link: Tensor = _Depart.apply(x_TD, routing.weights_TE, routing.mask_TE, self._flight, self._plan)
 
