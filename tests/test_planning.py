@@ -201,6 +201,14 @@ def test_warnings_name_what_to_change(
     assert bool(words) == bool(warnings)
 
 
+def test_activation_checkpointing_is_advised_against_where_memory_is_plenty() -> None:
+    sizes = ("train_batch_size=null", "zero_optimization.reduce_bucket_size=5e7")
+    kept = max(stage.memory.peak for stage in plan("remoe_182m.json", 2, *sizes).stages)
+    recomputed = plan("remoe_182m.json", 2, *sizes, "remoe.model.activation_checkpointing=true")
+    assert "activation checkpointing takes" in advice(with_memory(recomputed, 2 * kept))[0]
+    assert advice(with_memory(recomputed, kept)) == []
+
+
 def test_overlapped_reduction_hides_behind_backward() -> None:
     batch = ("train_batch_size=null", "remoe.moe.ep_size=4")
     shown = plan("remoe_182m.json", 8, *batch)

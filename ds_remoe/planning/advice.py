@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ds_remoe.moe.budget import MIN_CHUNK_PAIRS
 from ds_remoe.planning.hardware import GIB
 from ds_remoe.planning.memory import EXPERTS, LOSS
-from ds_remoe.planning.plan import Plan, Stage
+from ds_remoe.planning.plan import Plan, Stage, make_plan
 
 _SLOW_SHARE = 0.3
 """Share of a step on the wire from which it is worth a word."""
+_ROOMY = 0.8
+"""Share of the usable memory up to which a larger plan is recommended."""
 
 
 def advice(plan: Plan) -> list[str]:
@@ -43,7 +46,7 @@ def _remedy(plan: Plan, stage: Stage, kind: str) -> str:
         larger = [n for n in range(moe.ep_size + 1, world + 1) if world % n == 0 and moe.total_experts % n == 0]
         if kind == "optimizer states" and settings.stage == 0 and world > 1:
             return "set zero_optimization.stage to 1, which shares the optimizer states between the ranks"
-        if kind == "gradients" and settings.stage == 1 and world > 1 and settings.accumulation == 1:
+        if kind == "gradients" and settings.stage == 1 and world > 1:
             return "set zero_optimization.stage to 2, which shares the gradients between the ranks"
         if 2 * experts > plan.groups[0].elements and larger:
             return f"raise remoe.moe.ep_size from {moe.ep_size} to {larger[0]}, which leaves fewer experts on each rank"
@@ -107,6 +110,15 @@ def _traffic(plan: Plan) -> Iterator[str]:
 
 def _efficiency(plan: Plan) -> Iterator[str]:
     moe = plan.run.remoe.moe
+    if plan.run.remoe.model.activation_checkpointing:
+        kept = _without_checkpointing(plan)
+        worst = max(stage.memory.peak for stage in kept.stages)
+        if worst <= _ROOMY * plan.usable_memory:
+            yield (
+                f"activation checkpointing takes {1 - kept.settled.time.total / plan.settled.time.total:.0%} of a step; "
+                f"without it {worst / GIB:.1f} GiB of {plan.usable_memory / GIB:.1f} are needed at the worst: set "
+                "remoe.model.activation_checkpointing to false"
+            )
     if len(plan.groups) > 1:
         each = plan.settled.load.pairs / (moe.total_experts // moe.ep_size)
         if each < MIN_CHUNK_PAIRS:
@@ -120,6 +132,13 @@ def _efficiency(plan: Plan) -> Iterator[str]:
             f"zero_optimization.reduce_bucket_size = {plan.settings.bucket:,} reserves more than the {elements:,} "
             "gradients of a rank fill; lower it"
         )
+
+
+def _without_checkpointing(plan: Plan) -> Plan:
+    remoe = plan.run.remoe
+    model = remoe.model.model_copy(update={"activation_checkpointing": False})
+    run = replace(plan.run, remoe=remoe.model_copy(update={"model": model}))
+    return make_plan(run, plan.vocab_size, plan.cluster, {stage.name: stage.load.density for stage in plan.stages})
 
 
 def stage_name(plan: Plan, stage: Stage) -> str:
