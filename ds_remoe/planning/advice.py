@@ -114,9 +114,10 @@ def _efficiency(plan: Plan) -> Iterator[str]:
         kept = _without_checkpointing(plan)
         worst = max(stage.memory.peak for stage in kept.stages)
         if worst <= _ROOMY * plan.usable_memory:
+            share = 1 - kept.settled.time.total / plan.settled.time.total
             yield (
-                f"activation checkpointing takes {1 - kept.settled.time.total / plan.settled.time.total:.0%} of a step; "
-                f"without it {worst / GIB:.1f} GiB of {plan.usable_memory / GIB:.1f} are needed at the worst: set "
+                f"activation checkpointing takes {share:.0%} of a step; without it {worst / GIB:.1f} GiB of "
+                f"{plan.usable_memory / GIB:.1f} are needed at the worst: set "
                 "remoe.model.activation_checkpointing to false"
             )
     if len(plan.groups) > 1:
