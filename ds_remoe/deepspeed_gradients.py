@@ -3,14 +3,14 @@
 Checked against DeepSpeed 0.19.8. It copies each reduced gradient, of the whole parameter, out of its bucket, keeps the
 last micro-batch's beside the sum of those before, converts them one by one to measure their norm, and at the step
 concatenates those of a partition. Its step also takes a partition that is flat already, as its own fp32 accumulation
-makes it; here every partition is, from the first micro-batch on. And where one rank alone has a group's parameters, as
-experts at ep_size = world size, their gradients go there without a bucket.
+makes it; here every partition is, from the first reduced gradient on. And where one rank alone has a group's
+parameters, as experts at ep_size = world size, their gradients go there without a bucket.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
 _FLAT = (
@@ -33,9 +34,9 @@ _NORM_BLOCK = 4096
 def keep_gradients_flat(engine: Any) -> None:
     """Have a ZeRO 1 or 2 engine put each reduced gradient where its optimizer steps it.
 
-    Weights and losses stay bit for bit those of DeepSpeed's own passes, but for the last digits of the norm by which
-    gradients are clipped. An engine that steps otherwise (another stage, offloading, Muon, gradients outside of
-    buckets, model parallelism) is left as it is.
+    Weights stay bit for bit those of DeepSpeed's own passes, but for the last digits of the norm by which gradients are
+    clipped. `.grad` is None once a gradient is there, so a hook on it has to be registered before. An engine that steps
+    otherwise (another stage, offloading, Muon, gradients outside of buckets, model parallelism) is left as it is.
     """
     optimizer = engine.optimizer
     if type(optimizer) is not DeepSpeedZeroOptimizer or engine.mpu is not None:
@@ -45,7 +46,7 @@ def keep_gradients_flat(engine: Any) -> None:
     if "muon" in type(optimizer.optimizer).__name__.lower():
         return
     setattr(optimizer, _NORM, _flat_norm(getattr(optimizer, _NORM)))
-    # With a dtype of their own DeepSpeed sums gradients in a flat partition itself.
+    # Gradients with a dtype of their own are flat in DeepSpeed, too.
     if optimizer.gradient_accumulation_dtype == optimizer.dtype:
         gradients = _Gradients(optimizer)
         for name in _FLAT:
@@ -59,19 +60,19 @@ def restore_deepspeed_gradients(engine: Any) -> bool:
 
 
 def block_norms(flat: Tensor) -> Tensor:
-    """L2 norms of blocks of a vector, whose norm is the vector's: summed in at least fp32 in a block, fp64 across.
+    """L2 norms of blocks of a vector, whose norm is the vector's: summed in at least fp32 in a block.
 
     Args:
         flat: [N], any floating dtype.
 
     Returns:
-        [N // 4096 + 1] fp64.
+        [N // 4096 + 1] in fp64, in fp32 on a device without.
     """
     dtype = torch.promote_types(flat.dtype, torch.float32)
     whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1, dtype=dtype)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-    return torch.cat([rows, rest.view(1)]).double()
+    return torch.cat([rows, rest.view(1)]).to(get_norm_dtype())
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ class _Partition:
     """This rank's share of a parameter group's gradients."""
 
     def __init__(self, optimizer: Any, group: int) -> None:
-        self._optimizer, self._group = optimizer, group
-        self._size = int(optimizer.partition_size[group])
+        self._size, self._dtype = int(optimizer.partition_size[group]), optimizer.dtype
         rank = dist.get_rank(optimizer.real_dp_process_group[group])
         self._slices: dict[int, _Slice] = {}
         for parameter in optimizer.params_in_partition[group]:
@@ -117,31 +117,18 @@ class _Partition:
             torch.div(gradient, divisor, out=place)
         self._filled.add(key)
 
-    def take(self, unreduced: Mapping[int, Tensor | None]) -> GradPartitionBufferGroup:
-        """The sum for the optimizer's step; the next micro-batch begins another one.
-
-        Args:
-            unreduced: what stands at the parameters, for those of which nothing was reduced; zero if nothing does.
-        """
+    def take(self) -> GradPartitionBufferGroup:
+        """The sum for the optimizer's step, zero where nothing came; the next micro-batch begins another one."""
         if self._sum is None:
             self._begin()
         for key in self._slices.keys() - self._filled:
-            gradient = unreduced[key]
-            if gradient is not None:
-                self.add(key, gradient)
-            else:
-                self._flat.narrow(0, self._slices[key].start, self._slices[key].numel).zero_()
+            self._flat.narrow(0, self._slices[key].start, self._slices[key].numel).zero_()
         taken, self._sum, self._flat = self._sum, None, torch.empty(0)
         return taken
 
     def _begin(self) -> None:
-        handed_over = self._optimizer.averaged_gradients.get(self._group)
-        if handed_over is not None:
-            # A second backward pass, or phase of one, before the step.
-            self._sum, self._flat, self._filled = handed_over, handed_over.flat_partition, set(self._slices)
-            return
-        device, dtype = get_accelerator().current_device_name(), self._optimizer.dtype
-        self._flat, self._filled = torch.empty(self._size, dtype=dtype, device=device), set()
+        device = get_accelerator().current_device_name()
+        self._flat, self._filled = torch.empty(self._size, dtype=self._dtype, device=device), set()
         views, end = [], 0
         for piece in self._slices.values():
             views += self._padding(end, piece.start)
@@ -164,21 +151,34 @@ class _Gradients:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._partitions = [_Partition(optimizer, group) for group in range(len(optimizer.params_in_partition))]
-        in_buckets = not optimizer.reduce_scatter or getattr(optimizer, "autoep_folding_tp_group", None) is not None
-        self._alone = [dist.get_world_size(g) == 1 and not in_buckets for g in optimizer.real_dp_process_group]
+        in_buckets = not optimizer.reduce_scatter or optimizer.autoep_folding_tp_group is not None
+        groups = zip(optimizer.real_dp_process_group, optimizer.bit16_groups, strict=True)
+        self._alone = [
+            dist.get_world_size(group) == 1
+            and not in_buckets
+            and all(optimizer.get_param_comm_dtype(parameter) == parameter.dtype for parameter in parameters)
+            for group, parameters in groups
+        ]
         ranks = dist.get_world_size(optimizer.dp_process_group) / optimizer.sequence_parallel_size
         self._divisor = ranks if optimizer.gradient_average else 1.0
         self._reduce = optimizer.reduce_ready_partitions_and_remove_grads
 
     def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
         """Put a gradient that no other rank has into group i's partition, any other into DeepSpeed's bucket."""
-        optimizer = self._optimizer
-        if not self._alone[i] or optimizer.get_param_comm_dtype(param) != param.dtype:
+        optimizer, key = self._optimizer, self._optimizer.get_param_id(param)
+        if not self._alone[i]:
             self._reduce(param, i)
             return
         # DeepSpeed's tiled computations run hooks before a gradient is whole.
         whole = param.numel() > 0 and getattr(param, "ds_grad_is_ready", True)
         if whole and (optimizer.partition_gradients or optimizer.is_gradient_accumulation_boundary()):
+            if optimizer.params_already_reduced[key]:
+                raise RuntimeError(
+                    f"parameter {tuple(param.shape)}: a second gradient in one backward pass; either several segments "
+                    "with reentrant checkpointing use it (pass use_reentrant=False), or an earlier backward pass broke "
+                    "off, whose gradients are incomplete (start again from a checkpoint)"
+                )
+            optimizer.params_already_reduced[key] = True
             self._keep(param, i, self._divisor)
 
     def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
@@ -191,7 +191,10 @@ class _Gradients:
         parameter.grad = None
 
     def get_all_grad_tensors(self, tensor_list: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Gradients of a micro-batch to be summed with those before: none, they are."""
+        """Gradients of a micro-batch to be summed with those before: they are, but what no hook has taken."""
+        for parameter in tensor_list:
+            if parameter.grad is not None:
+                self.copy_grads_in_partition(parameter)
         return []
 
     def get_flat_partition(
@@ -205,8 +208,7 @@ class _Gradients:
         return_tensor_list: bool = False,
     ) -> list[Tensor] | Tensor:
         """The sum over the step's micro-batches."""
-        unreduced = {self._optimizer.get_param_id(parameter): parameter.grad for parameter in tensor_list}
-        taken = self._partitions[param_group_idx].take(unreduced)
+        taken = self._partitions[param_group_idx].take()
         return taken if return_tensor_list else taken.flat_partition
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def compare_with_twins(device: str) -> None:
             assert_same(packed.rows, twin.rows, rounded=wire != dtype)
             for name in ("words", "row_tokens_N", "weight_ids_K"):
                 assert torch.equal(getattr(packed, name), getattr(twin, name)), name
-            check_rooms(packed, case, prefix, me, wire, exchange.mask_words(local, torch.int32))
+            if wire != torch.bfloat16:
+                check_rooms(packed, case, prefix, me, wire, exchange.mask_words(local, torch.int32))
         sizes = prefix.of_peers().rows.diff().tolist()
         rows, remote = leaving.rows, leaving.remote_rows
         back = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -124,12 +126,15 @@ def check_rooms(
     assert ahead is not None
     for name, expected in vars(packed).items():
         assert torch.equal(getattr(ahead.cut(leaving, row_words), name), expected), name
-    small = Room(leaving.rows // 2, leaving.pairs // 2, leaving.remote_rows // 2)
-    part = exchange.pack_ahead(*case, prefix, me, small, wire)
-    assert part is not None
-    for name, expected in vars(packed).items():
-        kept = getattr(part, name)
-        assert torch.equal(kept, expected[: len(kept)]), name
+    for size in ("rows", "pairs", "remote_rows"):
+        small = replace(leaving, **{size: getattr(leaving, size) // 2})
+        assert leaving.holds(small)
+        assert small.holds(leaving) == (small == leaving)
+        part = exchange.pack_ahead(*case, prefix, me, small, wire)
+        assert part is not None
+        for name, expected in vars(packed).items():
+            kept = getattr(part, name)
+            assert torch.equal(kept, expected[: len(kept)]), name
 
 
 def check_unpack(packed: exchange.Packed, prefix: Prefix, local: int) -> None:

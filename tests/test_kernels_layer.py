@@ -13,22 +13,27 @@ from torch import Tensor
 
 from ds_remoe.kernels import exchange
 
-TOKENS, D, H, EXPERTS, SILENT, BUSY = 40, 20, 12, 6, 0, 1
+TOKENS, D, H, EXPERTS, SILENT, BUSY = 40, 20, 12, 8, 0, 1
 BUDGETS = (None, 0.5)
 CUT = exchange.Packed.cut
 Case = tuple[str, int, float | None, bool, int]
-"""Router, ep_size, activation budget, hierarchical_all_to_all, and tokens of a forward pass before the one compared."""
+"""Router, ep_size, activation budget, hierarchical_all_to_all, and tokens with experts in a forward pass before."""
 
 
 def compare_layers() -> list[str]:
-    """What differs, for every router, ep_size, budget and way to send, on this rank."""
+    """What differs, for every router, ep_size and budget, on this rank."""
     return [line for case in cases() for line in compare(*case)]
+
+
+def compare_layers_by_nodes() -> list[str]:
+    """What differs on this rank, one of two nodes of two."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return [line for before in (5, TOKENS) for line in compare("relu", 4, None, True, before)]
 
 
 def cases() -> Iterator[Case]:
     for router, ep_size, budget in itertools.product(("relu", "topk"), (1, 2), BUDGETS):
         yield router, ep_size, budget, False, 0
-    yield "relu", 2, None, True, 0
     for before in (5, TOKENS):  # room for too little, and for enough
         yield "relu", 2, None, False, before
 
@@ -48,7 +53,6 @@ def run_layer(
 ) -> dict[str, Tensor]:
     """Output, counts and all gradients; one expert has no token, one all of them."""
     from ds_remoe import MoE
-    from ds_remoe.kernels import exchange
     from ds_remoe.kernels.backend import kernels_wanted, use_triton
     from ds_remoe.kernels.grouped_swiglu_triton_kernels import INTERPRETED
     from ds_remoe.moe import budget as budgets
@@ -79,12 +83,14 @@ def run_layer(
     with torch.no_grad():
         weight = layer.deepspeed_moe.gate.wg.weight.normal_(generator=torch.Generator().manual_seed(2))
         weight[SILENT, 0], weight[BUSY, 0] = -50.0, 50.0
+    assert (layer.deepspeed_moe.nodes is not None) == by_nodes
     if before:
-        layer(x.detach()[:before])
+        layer(x.detach(), used_token=torch.arange(TOKENS) < before)
     taken = []
     exchange.Packed.cut = lambda packed, *to: taken.append(to) or CUT(packed, *to)
     output, l_aux, counts = layer(x)
-    assert len(taken) == (kernels == "auto" and before == TOKENS), "packed ahead or not"
+    fits = kernels == "auto" and before == TOKENS
+    assert len(taken) == (0 if not fits else 2 if by_nodes else 1), "packed ahead or not"
     assert counts[SILENT] == 0
     assert counts[BUSY] == TOKENS
     upstream = torch.randn(output.shape, generator=generator)
@@ -98,3 +104,9 @@ def test_layers_on_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert [line for lines in run_ranks(compare_layers, 2) for line in lines] == []
+
+
+def test_layers_on_triton_kernels_over_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert [line for lines in run_ranks(compare_layers_by_nodes, 4) for line in lines] == []

@@ -65,7 +65,7 @@ def optimizer_tensors(engine: Any) -> list[Tensor]:
 
 
 def gradient_tensors(engine: Any) -> list[Tensor]:
-    """Gradients of the parameters, and those that ZeRO keeps of its partition."""
+    """Gradients of the parameters, and those of a step that ZeRO keeps of its partition."""
     held = [p.grad for p in engine.module.parameters() if p.grad is not None]
     for name in ("averaged_gradients", "all_grad_tensors"):
         held += [t for group in getattr(engine.optimizer, name, {}).values() if group for t in group]

@@ -19,7 +19,7 @@ class Flight:
         counts: of the stage.
         group: where the exchange takes place.
         wire_dtype: in which rows travel; None for their own.
-        last: how much the stage before sent; set for the next one.
+        last: what this stage sent the last time; set for the next.
     """
 
     def __init__(
@@ -43,13 +43,16 @@ class Flight:
         tokens = x_TD, weights_TE, mask_TE, prefix, dist.get_rank(self.group)
         wire_dtype, room = self.wire_dtype or x_TD.dtype, self._last.room
         # On a GPU the counts, its own too, reach the host when their exchange is done; packing goes on meanwhile.
-        ahead = None if room is None else exchange.pack_ahead(*tokens, room, wire_dtype)
+        packed = None
+        if room is not None and self._last.is_like(x_TD.shape[0]):
+            packed = exchange.pack_ahead(*tokens, room, wire_dtype)
         send_rows_P, send_pairs_P = self.counts.sent()
         leaving = exchange.Room(sum(send_rows_P), sum(send_pairs_P), sum(send_rows_P[:-1]))
-        self._last.room = leaving.widened()
-        if room is not None and ahead is not None and room.holds(leaving):
-            packed = ahead.cut(leaving, exchange.mask_words(self.counts.num_experts, ahead.words.dtype))
+        self._last.tokens, self._last.room = x_TD.shape[0], leaving.widened()
+        if packed is not None and room is not None and room.holds(leaving):
+            packed = packed.cut(leaving, exchange.mask_words(self.counts.num_experts, packed.words.dtype))
         else:
+            packed = None  # its memory, before it is taken again
             packed = exchange.pack(*tokens, leaving, wire_dtype)
         recv_rows_P, recv_pairs_P = self.counts.received()
         self.sizes = sizes = StageSizes(

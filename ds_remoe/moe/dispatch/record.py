@@ -104,9 +104,19 @@ class StageSizes:
 
 @dataclass
 class LastSent:
-    """Room for what one stage of a layer's dispatch sent the last time, and somewhat more; None before the first."""
+    """What one stage of a layer's dispatch sent the last time.
 
+    Attributes:
+        tokens: of that time.
+        room: for as much, and somewhat more; None before the first.
+    """
+
+    tokens: int = 0
     room: Room | None = None
+
+    def is_like(self, tokens: int) -> bool:
+        """True for about as many tokens; the room of others would be far too large or too small."""
+        return 16 * abs(tokens - self.tokens) <= self.tokens
 
 
 @dataclass(frozen=True)

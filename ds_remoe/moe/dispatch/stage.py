@@ -31,7 +31,7 @@ class Stage:
         counts: of this routing.
         group: where the exchange takes place.
         wire_dtype: in which rows travel; None for their own.
-        last: how much the same stage of the layer sent before.
+        last: what this stage of the layer sent the last time.
     """
 
     def __init__(
