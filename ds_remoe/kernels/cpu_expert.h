@@ -8,6 +8,42 @@
 
 namespace ds_remoe {
 
+// The gradients of an expert's weights over a block of rows, as factors whose products they are.
+template <typename T>
+struct WeightFactors {
+  using P = Panels<T>;
+
+  int64_t count, hidden, width;
+  Buffer<T> grad_out, gates, ups;   // transposed: [hidden, count], [width, count]
+  Buffer<T> activation, tokens;     // panels of [count, width], [count, hidden]
+
+  WeightFactors(int64_t count, int64_t hidden, int64_t width)
+      : count(count), hidden(hidden), width(width), grad_out(hidden * count), gates(width * count), ups(width * count),
+        activation(P::size(count, width)), tokens(P::size(count, hidden)) {}
+
+  // Share `part` of `parts` of the rows of both gradients, added to what is there or instead of it.
+  template <bool add>
+  void multiply(int64_t part, int64_t parts, T* grad_gate_up, T* grad_down) const {
+    share(hidden, part, parts, [&](int64_t first, int64_t rows) {
+      P::template add_outer<add>(grad_out + first * count, rows, count, activation, width, grad_down + first * width);
+    });
+    share(width, part, parts, [&](int64_t first, int64_t rows) {
+      T* to = grad_gate_up + first * hidden;
+      P::template add_outer<add>(gates + first * count, rows, count, tokens, hidden, to);
+      P::template add_outer<add>(ups + first * count, rows, count, tokens, hidden, to + width * hidden);
+    });
+  }
+
+ private:
+  // In whole tiles.
+  template <typename Work>
+  static void share(int64_t rows, int64_t part, int64_t parts, const Work& work) {
+    const int64_t tiles = (rows + P::kRows - 1) / P::kRows;
+    const int64_t first = tiles * part / parts * P::kRows, last = std::min(rows, tiles * (part + 1) / parts * P::kRows);
+    if (first < last) work(first, last - first);
+  }
+};
+
 template <typename T>
 struct Expert {
   using P = Panels<T>;
@@ -56,31 +92,25 @@ struct Expert {
     }
   }
 
-  // Gradients of the rows into result[count, hidden], of the routing weights into grad_weight[count], and of the
-  // expert's weights, added to what is there or instead of it.
-  template <bool add>
-  void backward(const T* grad_out, const T* rows, const int64_t* ids, int64_t count, const T* weight, const T* pre,
-                T* grad_gate_up, T* grad_down, T* grad_weight, T* result) const {
-    Buffer<T> grad_blocks(count * hidden), activation(P::size(count, width)), gates(count * width), ups(count * width);
-    Buffer<T> tokens(P::size(count, hidden));
+  // Gradients of the rows into result[count, hidden] and of the routing weights into grad_weight[count]; returns what
+  // the expert's own are made of.
+  WeightFactors<T> backward(const T* grad_out, const T* rows, const int64_t* ids, int64_t count, const T* weight,
+                            const T* pre, T* grad_weight, T* result) const {
+    WeightFactors<T> factors(count, hidden, width);
+    Buffer<T> grad_blocks(P::size(count, hidden)), gates(count * width), ups(count * width);
     gather_blocks(grad_out, ids, count, grad_blocks);
-    P::times_matrix(grad_blocks, count, hidden, down, width, activation, false);
-    activate(weight, pre, count, activation, gates, ups, grad_weight);
+    P::times_matrix(grad_blocks, count, hidden, down, width, factors.activation, false);
+    activate(weight, pre, count, factors.activation, gates, ups, grad_weight);
+    transpose_blocks(grad_blocks, count, hidden, factors.grad_out);
+    transpose_blocks(gates, count, width, factors.gates);
+    transpose_blocks(ups, count, width, factors.ups);
+    for (int64_t i = 0; i < count; ++i) P::put(rows + ids[i] * hidden, hidden, factors.tokens, count, i);
 
-    T* transposed = tokens;  // not in use yet
-    transpose_blocks(grad_blocks, count, hidden, transposed);
-    P::template add_outer<add>(transposed, hidden, count, activation, width, grad_down);
-
-    transposed = activation;  // no longer in use
-    for (int64_t i = 0; i < count; ++i) P::put(rows + ids[i] * hidden, hidden, tokens, count, i);
-    transpose_blocks(gates, count, width, transposed);
-    P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up);
-    transpose_blocks(ups, count, width, transposed);
-    P::template add_outer<add>(transposed, width, count, tokens, hidden, grad_gate_up + width * hidden);
-
-    P::times_matrix(gates, count, width, gate_up, hidden, tokens, false);
-    P::times_matrix(ups, count, width, gate_up + width * hidden, hidden, tokens, true);
-    for (int64_t i = 0; i < count; ++i) P::take(tokens, count, i, result + i * hidden, hidden);
+    T* panels = grad_blocks;  // no longer in use
+    P::times_matrix(gates, count, width, gate_up, hidden, panels, false);
+    P::times_matrix(ups, count, width, gate_up + width * hidden, hidden, panels, true);
+    for (int64_t i = 0; i < count; ++i) P::take(panels, count, i, result + i * hidden, hidden);
+    return factors;
   }
 
  private:

@@ -26,6 +26,7 @@ class Buffer {
   explicit Buffer(int64_t size) : tensor_(at::empty({size}, c10::CppTypeToScalarType<T>::value)) {}
   T* get() { return tensor_.mutable_data_ptr<T>(); }
   operator T*() { return get(); }
+  operator const T*() const { return tensor_.const_data_ptr<T>(); }
 
  private:
   at::Tensor tensor_;
@@ -35,7 +36,11 @@ template <typename T>
 struct Panels {
   using Vec = at::vec::Vectorized<T>;
   static constexpr int64_t kWidth = 2 * Vec::size();
-  static constexpr int64_t kRows = 6;    // of a tile, which with kWidth columns fills AVX2's registers
+#ifdef CPU_CAPABILITY_AVX512
+  static constexpr int64_t kRows = 8;  // of a tile of kWidth columns
+#else
+  static constexpr int64_t kRows = 6;  // with kWidth columns they fill AVX2's registers
+#endif
   static constexpr int64_t kDepth = 64;  // of a sum that a tile adds at once where weights are in rows
 
   static int64_t count(int64_t columns) { return (columns + kWidth - 1) / kWidth; }
@@ -73,7 +78,10 @@ struct Panels {
   // work(R) with the number of a tile's rows as a constant.
   template <typename Work>
   static void for_rows(int64_t rows, const Work& work) {
+    static_assert(kRows <= 8);
     switch (rows) {
+      case 8: return work(std::integral_constant<int, 8>());
+      case 7: return work(std::integral_constant<int, 7>());
       case 6: return work(std::integral_constant<int, 6>());
       case 5: return work(std::integral_constant<int, 5>());
       case 4: return work(std::integral_constant<int, 4>());

@@ -53,14 +53,18 @@ inline std::vector<Span> blocks_of(const Span& span, int64_t limit) {
   return cut;
 }
 
-// All experts' blocks of rows; those of a wide expert are small enough for every thread to have one.
+// Blocks of a wide expert's pairs, small enough for every thread to have one.
+inline std::vector<Span> shares_of(const Span& span) {
+  const int64_t share = (span.count + at::get_num_threads() - 1) / at::get_num_threads();
+  return blocks_of(span, std::clamp<int64_t>(share, kLeastRows, kBlockRows));
+}
+
+// All experts' blocks of rows.
 inline std::vector<Span> row_blocks(at::IntArrayRef counts) {
   const Spans spans(counts);
   std::vector<Span> blocks;
   for (const Span& span : spans.wide) {
-    const int64_t share = (span.count + at::get_num_threads() - 1) / at::get_num_threads();
-    const int64_t limit = std::clamp<int64_t>(share, kLeastRows, kBlockRows);
-    for (const Span& block : blocks_of(span, limit)) blocks.push_back(block);
+    for (const Span& block : shares_of(span)) blocks.push_back(block);
   }
   for (const Span& span : spans.narrow) {
     for (const Span& block : blocks_of(span, kBlockRows)) blocks.push_back(block);
@@ -68,30 +72,24 @@ inline std::vector<Span> row_blocks(at::IntArrayRef counts) {
   return blocks;
 }
 
+// Runs work(i) for i < number, each on one thread.
+template <typename Work>
+void run_side_by_side(size_t number, const Work& work) {
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), number), 1, [&](int64_t, int64_t) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (size_t i = next++; i < number; i = next++) work(i);
+  });
+}
+
 // Runs work(span) for all, each on one thread, the largest first so that the last one to end is short.
 template <typename Work>
-void run_side_by_side(std::vector<Span> spans, const Work& work) {
+void run_largest_first(std::vector<Span> spans, const Work& work) {
   std::stable_sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.count > b.count; });
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), spans.size()), 1, [&](int64_t, int64_t) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (size_t i = next++; i < spans.size(); i = next++) work(spans[i]);
-  });
+  run_side_by_side(spans.size(), [&](size_t i) { work(spans[i]); });
 }
 
 inline int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / width); }
-
-template <typename T>
-Tensor gather(const Tensor& source, const int64_t* ids, int64_t count) {
-  const int64_t width = source.size(1);
-  Tensor rows = at::empty({count, width}, source.options());
-  const T* from = source.const_data_ptr<T>();
-  T* to = rows.mutable_data_ptr<T>();
-  at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * width, from + ids[i] * width, width * sizeof(T));
-  });
-  return rows;
-}
 
 // target[row] = Σ values[m] over the pairs m with ids[m] = row, in their order; `accumulate` adds that to what is there.
 template <typename T>

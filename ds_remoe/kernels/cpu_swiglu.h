@@ -43,21 +43,6 @@ struct Activation {
     for (T lane : lanes) total += lane;
     return total;
   }
-
-  // Returns the routing weight's gradient; `grad_hidden` is overwritten by the forward value.
-  static T backward_row(T* grad_hidden, const T* gates, const T* ups, T weight, T* grad_gates, T* grad_ups,
-                        int64_t width) {
-    Vec total(T(0));
-    for (int64_t h = 0; h < width; h += kLanes) {
-      const Gradients gradients =
-          backward(load(grad_hidden, h, width), load(gates, h, width), load(ups, h, width), Vec(weight));
-      total = total + gradients.weight;
-      store(gradients.gate, grad_gates, h, width);
-      store(gradients.up, grad_ups, h, width);
-      store(gradients.hidden, grad_hidden, h, width);
-    }
-    return sum(total);
-  }
 };
 
 }  // namespace ds_remoe

@@ -6,9 +6,9 @@
 // its hidden units and then its rows divided among all threads. Each pair's result stands in a buffer of its own until
 // a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
+
+#include <optional>
 
 #include "cpu_expert.h"
 #include "cpu_rows.h"
@@ -18,7 +18,7 @@ namespace {
 
 using namespace ds_remoe;
 
-constexpr int64_t kLeastUnits = 32;  // hidden units that a thread takes of a wide expert
+constexpr int64_t kParts = 4;  // of a wide expert's weight gradients for each thread, so that none waits long
 
 // `down` may be null where only the up-projection is wanted.
 template <typename T>
@@ -35,7 +35,7 @@ Tensor forward_typed(const Tensor& rows, const Tensor& row_ids, const Tensor& we
   Tensor pre = at::empty({num_pairs, 2 * width}, rows.options());
   Tensor results = at::empty({num_pairs, hidden}, rows.options());
   const int64_t* ids = row_ids.const_data_ptr<int64_t>();
-  run_side_by_side(row_blocks(counts), [&](const Span& block) {
+  run_largest_first(row_blocks(counts), [&](const Span& block) {
     expert_of<T>(gate_up, down.const_data_ptr<T>(), block.expert)
         .forward(rows.const_data_ptr<T>(), ids + block.start, block.count, weights.const_data_ptr<T>() + block.start,
                  pre.mutable_data_ptr<T>() + block.start * 2 * width,
@@ -49,7 +49,7 @@ template <typename T>
 Tensor up_projection_typed(const Tensor& rows, const Tensor& row_ids, at::IntArrayRef counts, const Tensor& gate_up) {
   Tensor pre = at::empty({row_ids.size(0), gate_up.size(1)}, rows.options());
   const int64_t* ids = row_ids.const_data_ptr<int64_t>();
-  run_side_by_side(row_blocks(counts), [&](const Span& block) {
+  run_largest_first(row_blocks(counts), [&](const Span& block) {
     expert_of<T>(gate_up, nullptr, block.expert)
         .up_projection(rows.const_data_ptr<T>(), ids + block.start, block.count,
                        pre.mutable_data_ptr<T>() + block.start * pre.size(1), [](auto...) {});
@@ -67,79 +67,46 @@ struct Backward {
   bool accumulate;
   Tensor results, grad_weights;
 
-  int64_t width() const { return down.size(2); }
-
-  // Gradients of rows [start, start + count) by hidden units [first, first + units): those of the pre-activation into
-  // `grad_pre`, columns [gates | ups], those of the weights added with `beta`, those of the routing weights into
-  // grad_weight.
-  void units(const Span& block, int64_t first, int64_t units, const Tensor& grad_result, const Tensor& block_rows,
-             Tensor grad_gates, Tensor grad_ups, T* grad_weight, int beta) const {
-    Tensor hidden = at::mm(grad_result, down[block.expert].narrow(1, first, units));
-    T* h = hidden.mutable_data_ptr<T>();
-    T *gates = grad_gates.mutable_data_ptr<T>(), *ups = grad_ups.mutable_data_ptr<T>();
-    const int64_t stride = grad_gates.stride(0);
-    for (int64_t i = 0; i < block.count; ++i) {
-      const T* row = pre + (block.start + i) * 2 * width() + first;
-      grad_weight[i] = Activation<T>::backward_row(h + i * units, row, row + width(), weight[block.start + i],
-                                                   gates + i * stride, ups + i * stride, units);
-    }
-    Tensor down_gradient = grad_down[block.expert].narrow(1, first, units);
-    at::addmm_out(down_gradient, down_gradient, grad_result.t(), hidden, beta);
-    Tensor gradient = grad_gate_up[block.expert];
-    Tensor gate_gradient = gradient.narrow(0, first, units), up_gradient = gradient.narrow(0, width() + first, units);
-    at::addmm_out(gate_gradient, gate_gradient, grad_gates.t(), block_rows, beta);
-    at::addmm_out(up_gradient, up_gradient, grad_ups.t(), block_rows, beta);
-  }
-
   // One expert on the calling thread.
   void narrow(const Span& span) const {
     for (const Span& block : blocks_of(span, kBlockRows)) {
-      accumulate || block.start != span.start ? narrow_block<true>(block) : narrow_block<false>(block);
+      const WeightFactors<T> factors = rows_backward(block);
+      weights_backward(factors, block, 0, 1, accumulate || block.start != span.start);
     }
   }
 
-  template <bool add>
-  void narrow_block(const Span& block) const {
-    const int64_t index = block.expert, start = block.start, hidden = rows.size(1);
-    expert_of<T>(gate_up, down.const_data_ptr<T>(), index)
-        .template backward<add>(grad_out.const_data_ptr<T>(), rows.const_data_ptr<T>(), ids + start, block.count,
-                                weight + start, pre + start * 2 * width(),
-                                grad_gate_up.mutable_data_ptr<T>() + index * 2 * width() * hidden,
-                                grad_down.mutable_data_ptr<T>() + index * hidden * width(),
-                                grad_weights.mutable_data_ptr<T>() + start,
-                                results.mutable_data_ptr<T>() + start * hidden);
-  }
-
-  // One expert on all threads: first each takes some hidden units, then some rows.
-  void wide(const Span& span) {
-    const int64_t threads = at::get_num_threads(), parts = std::clamp<int64_t>(width() / kLeastUnits, 1, threads);
+  // One expert on all threads: first each takes some rows, then some of the weights.
+  void wide(const Span& span) const {
+    const int64_t threads = at::get_num_threads();
     for (const Span& block : blocks_of(span, kBlockRows * threads)) {
-      const Tensor grad_result = gather<T>(grad_out, ids + block.start, block.count);
-      const Tensor block_rows = gather<T>(rows, ids + block.start, block.count);
-      Tensor grad_pre = at::empty({block.count, 2 * width()}, rows.options());
-      Tensor partial = at::empty({parts, block.count}, grad_weights.options());
-      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        at::AutoDispatchBelowADInplaceOrView guard;
-        for (int64_t p = begin; p < end; ++p) {
-          const int64_t first = width() * p / parts, count = width() * (p + 1) / parts - first;
-          units(block, first, count, grad_result, block_rows, grad_pre.narrow(1, first, count),
-                grad_pre.narrow(1, width() + first, count), partial.mutable_data_ptr<T>() + p * block.count,
-                accumulate || block.start != span.start);
+      const std::vector<Span> shares = shares_of(block);
+      std::vector<std::optional<WeightFactors<T>>> factors(shares.size());
+      run_side_by_side(shares.size(), [&](size_t i) { factors[i].emplace(rows_backward(shares[i])); });
+      run_side_by_side(threads * kParts, [&](size_t part) {
+        for (size_t i = 0; i < shares.size(); ++i) {
+          const bool add = accumulate || block.start != span.start || i > 0;
+          weights_backward(*factors[i], block, part, threads * kParts, add);
         }
       });
-      const T* from = partial.const_data_ptr<T>();
-      T* to = grad_weights.mutable_data_ptr<T>() + block.start;
-      for (int64_t i = 0; i < block.count; ++i) {
-        T sum = 0;
-        for (int64_t p = 0; p < parts; ++p) sum += from[p * block.count + i];
-        to[i] = sum;
-      }
-      const int64_t share = std::max((block.count + threads - 1) / threads, kLeastRows);
-      run_side_by_side(blocks_of(block, share), [&](const Span& some) {
-        Tensor result = results.narrow(0, some.start, some.count);
-        at::mm_out(result, grad_pre.narrow(0, some.start - block.start, some.count), gate_up[some.expert]);
-      });
     }
+  }
+
+ private:
+  WeightFactors<T> rows_backward(const Span& block) const {
+    const int64_t start = block.start, hidden = rows.size(1);
+    return expert_of<T>(gate_up, down.const_data_ptr<T>(), block.expert)
+        .backward(grad_out.const_data_ptr<T>(), rows.const_data_ptr<T>(), ids + start, block.count, weight + start,
+                  pre + start * gate_up.size(1), grad_weights.mutable_data_ptr<T>() + start,
+                  results.mutable_data_ptr<T>() + start * hidden);
+  }
+
+  // Share `part` of `parts` of the gradients of the block's expert.
+  void weights_backward(const WeightFactors<T>& factors, const Span& block, int64_t part, int64_t parts,
+                        bool add) const {
+    T* to_gate_up = grad_gate_up.mutable_data_ptr<T>() + block.expert * gate_up.size(1) * gate_up.size(2);
+    T* to_down = grad_down.mutable_data_ptr<T>() + block.expert * down.size(1) * down.size(2);
+    add ? factors.template multiply<true>(part, parts, to_gate_up, to_down)
+        : factors.template multiply<false>(part, parts, to_gate_up, to_down);
   }
 };
 
@@ -163,7 +130,7 @@ Tensor backward_typed(const Tensor& grad_out, const Tensor& rows, const Tensor& 
                        at::empty({num_pairs}, weights.options())};
   const Spans spans(counts);
   for (const Span& span : spans.wide) backward.wide(span);
-  run_side_by_side(spans.narrow, [&](const Span& span) { backward.narrow(span); });
+  run_largest_first(spans.narrow, [&](const Span& span) { backward.narrow(span); });
   if (!accumulate_weights) {
     for (size_t e = 0; e < counts.size(); ++e) {
       if (counts[e] == 0) {
