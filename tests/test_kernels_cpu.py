@@ -71,8 +71,8 @@ def make_case(counts: list[int], num_rows: int, hidden: int, width: int, dtype: 
 @given(
     counts=st.lists(st.sampled_from([0, 1, 2, 7, 30]), min_size=1, max_size=9),
     num_rows=st.integers(1, 20),
-    hidden=st.integers(1, 19) | st.sampled_from([64, 65, 150]),  # sums and columns of several blocks
-    width=st.integers(1, 19) | st.sampled_from([64, 65, 150]),
+    hidden=st.integers(1, 19) | st.sampled_from([64, 65, 96, 97, 150]),  # sums and columns of several blocks
+    width=st.integers(1, 19) | st.sampled_from([64, 65, 96, 97, 150]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     accumulate=st.tuples(st.booleans(), st.booleans()),
     threads=st.sampled_from([1, 2, 3]),

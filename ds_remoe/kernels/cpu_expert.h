@@ -14,33 +14,34 @@ struct WeightFactors {
   using P = Panels<T>;
 
   int64_t count, hidden, width;
-  Buffer<T> grad_out, gates, ups;   // transposed: [hidden, count], [width, count]
-  Buffer<T> activation, tokens;     // panels of [count, width], [count, hidden]
+  Buffer<T> grad_out, gates, ups;  // blocks of [count, hidden], [count, width]
+  Buffer<T> activation, tokens;    // panels of [count, width], [count, hidden]
 
   WeightFactors(int64_t count, int64_t hidden, int64_t width)
-      : count(count), hidden(hidden), width(width), grad_out(hidden * count), gates(width * count), ups(width * count),
-        activation(P::size(count, width)), tokens(P::size(count, hidden)) {}
+      : count(count),
+        hidden(hidden),
+        width(width),
+        grad_out(count * hidden),
+        gates(count * width),
+        ups(count * width),
+        activation(P::size(count, width)),
+        tokens(P::size(count, hidden)) {}
 
   // Share `part` of `parts` of the rows of both gradients, added to what is there or instead of it.
   template <bool add>
   void multiply(int64_t part, int64_t parts, T* grad_gate_up, T* grad_down) const {
-    share(hidden, part, parts, [&](int64_t first, int64_t rows) {
-      P::template add_outer<add>(grad_out + first * count, rows, count, activation, width, grad_down + first * width);
-    });
-    share(width, part, parts, [&](int64_t first, int64_t rows) {
-      T* to = grad_gate_up + first * hidden;
-      P::template add_outer<add>(gates + first * count, rows, count, tokens, hidden, to);
-      P::template add_outer<add>(ups + first * count, rows, count, tokens, hidden, to + width * hidden);
-    });
+    P::template add_outer<add>(grad_out, hidden, from(part, parts, hidden), from(part + 1, parts, hidden), count,
+                               activation, width, grad_down);
+    const int64_t first = from(part, parts, width), last = from(part + 1, parts, width);
+    P::template add_outer<add>(gates, width, first, last, count, tokens, hidden, grad_gate_up);
+    P::template add_outer<add>(ups, width, first, last, count, tokens, hidden, grad_gate_up + width * hidden);
   }
 
  private:
-  // In whole tiles.
-  template <typename Work>
-  static void share(int64_t rows, int64_t part, int64_t parts, const Work& work) {
+  // Where a share begins: at a whole tile.
+  static int64_t from(int64_t part, int64_t parts, int64_t rows) {
     const int64_t tiles = (rows + P::kRows - 1) / P::kRows;
-    const int64_t first = tiles * part / parts * P::kRows, last = std::min(rows, tiles * (part + 1) / parts * P::kRows);
-    if (first < last) work(first, last - first);
+    return std::min(rows, tiles * part / parts * P::kRows);
   }
 };
 
@@ -97,19 +98,15 @@ struct Expert {
   WeightFactors<T> backward(const T* grad_out, const T* rows, const int64_t* ids, int64_t count, const T* weight,
                             const T* pre, T* grad_weight, T* result) const {
     WeightFactors<T> factors(count, hidden, width);
-    Buffer<T> grad_blocks(P::size(count, hidden)), gates(count * width), ups(count * width);
-    gather_blocks(grad_out, ids, count, grad_blocks);
-    P::times_matrix(grad_blocks, count, hidden, down, width, factors.activation, false);
-    activate(weight, pre, count, factors.activation, gates, ups, grad_weight);
-    transpose_blocks(grad_blocks, count, hidden, factors.grad_out);
-    transpose_blocks(gates, count, width, factors.gates);
-    transpose_blocks(ups, count, width, factors.ups);
-    for (int64_t i = 0; i < count; ++i) P::put(rows + ids[i] * hidden, hidden, factors.tokens, count, i);
+    gather_blocks(grad_out, ids, count, factors.grad_out);
+    P::times_matrix(factors.grad_out, count, hidden, down, width, factors.activation, false);
+    activate(weight, pre, count, factors.activation, factors.gates, factors.ups, grad_weight);
 
-    T* panels = grad_blocks;  // no longer in use
-    P::times_matrix(gates, count, width, gate_up, hidden, panels, false);
-    P::times_matrix(ups, count, width, gate_up + width * hidden, hidden, panels, true);
+    T* panels = factors.tokens;  // not in use yet
+    P::times_matrix(factors.gates, count, width, gate_up, hidden, panels, false);
+    P::times_matrix(factors.ups, count, width, gate_up + width * hidden, hidden, panels, true);
     for (int64_t i = 0; i < count; ++i) P::take(panels, count, i, result + i * hidden, hidden);
+    for (int64_t i = 0; i < count; ++i) P::put(rows + ids[i] * hidden, hidden, panels, count, i);
     return factors;
   }
 
@@ -122,18 +119,8 @@ struct Expert {
     }
   }
 
-  // [columns, count] of blocks.
-  static void transpose_blocks(const T* blocks, int64_t count, int64_t columns, T* to) {
-    for (int64_t k = 0; k < columns; k += P::kDepth) {
-      const T* from = blocks + P::block_start(k, count);
-      const int64_t depth = P::block_stride(k, columns);
-      transpose([&](int64_t i) { return from + i * depth; }, count, depth, to + k * count, count);
-    }
-  }
-
   // Panels `activation` hold the gradient of the activation and then its value; `gates` and `ups` are blocks.
   void activate(const T* weight, const T* pre, int64_t count, T* activation, T* gates, T* ups, T* grad_weight) const {
-    static_assert(P::kDepth % P::kWidth == 0);
     for (int64_t i = 0; i < count; ++i) {
       const T *gate = pre + i * 2 * width, *up = gate + width;
       Vec total(T(0));

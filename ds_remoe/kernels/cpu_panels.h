@@ -36,12 +36,13 @@ template <typename T>
 struct Panels {
   using Vec = at::vec::Vectorized<T>;
   static constexpr int64_t kWidth = 2 * Vec::size();
+  // Rows of a tile of kWidth columns, and the depth of the sums that it adds at once where weights are in rows.
 #ifdef CPU_CAPABILITY_AVX512
-  static constexpr int64_t kRows = 8;  // of a tile of kWidth columns
+  static constexpr int64_t kRows = 8, kDepth = 64;
 #else
-  static constexpr int64_t kRows = 6;  // with kWidth columns they fill AVX2's registers
+  static constexpr int64_t kRows = 6, kDepth = 96;  // fills AVX2's registers
 #endif
-  static constexpr int64_t kDepth = 64;  // of a sum that a tile adds at once where weights are in rows
+  static_assert(kDepth % kRows == 0 && kDepth % kWidth == 0);
 
   static int64_t count(int64_t columns) { return (columns + kWidth - 1) / kWidth; }
   static int64_t size(int64_t rows, int64_t columns) { return count(columns) * rows * kWidth; }
@@ -51,27 +52,27 @@ struct Panels {
   static int64_t block_start(int64_t k, int64_t rows) { return k / kDepth * kDepth * rows + k % kDepth; }
   static int64_t block_stride(int64_t k, int64_t columns) { return std::min(kDepth, columns - k / kDepth * kDepth); }
 
-  // c[R, kWidth] (+)= a[R, depth] · panel[depth, kWidth]
+  // c[R, kWidth] (+)= a[R, depth] · panel[depth, kWidth], the entries of `a` being a_row and a_column apart.
   template <int R, bool add>
-  static inline __attribute__((always_inline)) void tile(const T* a, int64_t a_stride, const T* panel, int64_t depth,
-                                                         T* c, int64_t c_stride) {
+  static inline __attribute__((always_inline)) void tile(const T* a, int64_t a_row, int64_t a_column, const T* panel,
+                                                         int64_t depth, T* c, int64_t c_row) {
     constexpr int64_t kLanes = Vec::size();
     Vec left[R], right[R];
     for (int i = 0; i < R; ++i) {
-      left[i] = add ? Vec::loadu(c + i * c_stride) : Vec(T(0));
-      right[i] = add ? Vec::loadu(c + i * c_stride + kLanes) : Vec(T(0));
+      left[i] = add ? Vec::loadu(c + i * c_row) : Vec(T(0));
+      right[i] = add ? Vec::loadu(c + i * c_row + kLanes) : Vec(T(0));
     }
     for (int64_t k = 0; k < depth; ++k) {
       const Vec first = Vec::loadu(panel + k * kWidth), second = Vec::loadu(panel + k * kWidth + kLanes);
       for (int i = 0; i < R; ++i) {
-        const Vec factor(a[i * a_stride + k]);
+        const Vec factor(a[i * a_row + k * a_column]);
         left[i] = at::vec::fmadd(factor, first, left[i]);
         right[i] = at::vec::fmadd(factor, second, right[i]);
       }
     }
     for (int i = 0; i < R; ++i) {
-      left[i].store(c + i * c_stride);
-      right[i].store(c + i * c_stride + kLanes);
+      left[i].store(c + i * c_row);
+      right[i].store(c + i * c_row + kLanes);
     }
   }
 
@@ -137,7 +138,7 @@ struct Panels {
     for (int64_t i = 0; i < rows; i += kRows) {
       for_rows(std::min(kRows, rows - i), [&](auto some) {
         for (int64_t j = 0; j < count(tokens); ++j) {
-          tile<some, false>(matrix + i * depth, depth, panels + j * depth * kWidth, depth,
+          tile<some, false>(matrix + i * depth, depth, 1, panels + j * depth * kWidth, depth,
                             out + (j * rows + i) * kWidth, kWidth);
         }
       });
@@ -170,9 +171,9 @@ struct Panels {
           for_rows(some, [&](auto r) {
             const T* left = block + first * rows;
             if (add || k > 0) {
-              tile<r, true>(left, rows, panel, rows, to + first * kWidth, kWidth);
+              tile<r, true>(left, rows, 1, panel, rows, to + first * kWidth, kWidth);
             } else {
-              tile<r, false>(left, rows, panel, rows, to + first * kWidth, kWidth);
+              tile<r, false>(left, rows, 1, panel, rows, to + first * kWidth, kWidth);
             }
           });
         }
@@ -180,24 +181,26 @@ struct Panels {
     }
   }
 
-  // matrix[rows, columns] (+)= transposed[rows, tokens] · (panels of [tokens, columns]): it is written row by row.
+  // Rows [first, last) of matrix[rows, columns] (+)= (blocks of [tokens, rows])ᵀ · (panels of [tokens, columns]): they
+  // are written row by row. `first` is a multiple of kRows.
   template <bool add>
-  static void add_outer(const T* transposed, int64_t rows, int64_t tokens, const T* panels, int64_t columns,
-                        T* matrix) {
+  static void add_outer(const T* blocks, int64_t rows, int64_t first, int64_t last, int64_t tokens, const T* panels,
+                        int64_t columns, T* matrix) {
     const int64_t whole = columns / kWidth, left = columns - whole * kWidth;
-    for (int64_t i = 0; i < rows; i += kRows) {
-      for_rows(std::min(kRows, rows - i), [&](auto some) {
-        const T *factors = transposed + i * tokens, *last = panels + whole * tokens * kWidth;
+    for (int64_t i = first; i < last; i += kRows) {
+      for_rows(std::min(kRows, last - i), [&](auto some) {
+        const T *factors = blocks + block_start(i, tokens), *part = panels + whole * tokens * kWidth;
+        const int64_t step = block_stride(i, rows);
         T* to = matrix + i * columns;
         for (int64_t j = 0; j < whole; ++j) {
-          tile<some, add>(factors, tokens, panels + j * tokens * kWidth, tokens, to + j * kWidth, columns);
+          tile<some, add>(factors, 1, step, panels + j * tokens * kWidth, tokens, to + j * kWidth, columns);
         }
         if (left > 0) {
-          T part[some * kWidth];
-          tile<some, false>(factors, tokens, last, tokens, part, kWidth);
+          T sums[some * kWidth];
+          tile<some, false>(factors, 1, step, part, tokens, sums, kWidth);
           for (int64_t r = 0; r < some; ++r) {
             T* row = to + r * columns + whole * kWidth;
-            for (int64_t q = 0; q < left; ++q) row[q] = part[r * kWidth + q] + (add ? row[q] : T(0));
+            for (int64_t q = 0; q < left; ++q) row[q] = sums[r * kWidth + q] + (add ? row[q] : T(0));
           }
         }
       });

@@ -3,8 +3,8 @@
 // Every GEMM runs on one thread, as threads that share a small GEMM mostly wait for each other. Forward the pairs go
 // through in blocks of rows that stay in cache, whichever thread is free taking the next. Backward an expert's blocks
 // add to one weight gradient, so small experts run side by side, and an expert with a large share of the pairs alone,
-// its hidden units and then its rows divided among all threads. Each pair's result stands in a buffer of its own until
-// a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
+// its rows and then its weight gradients divided among all threads. Each pair's result stands in a buffer of its own
+// until a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
 
 #include <torch/library.h>
 
