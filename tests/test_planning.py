@@ -17,7 +17,7 @@ from ds_remoe.model.flops import num_params
 from ds_remoe.planning.activations import Load
 from ds_remoe.planning.advice import advice
 from ds_remoe.planning.hardware import ACCELERATORS, GB, MEMORY_USABLE, Cluster, Group, published, with_options
-from ds_remoe.planning.memory import LOSS
+from ds_remoe.planning.memory import EXPERTS
 from ds_remoe.planning.plan import Plan, make_plan, stage_densities
 from ds_remoe.planning.sizes import ParamGroup
 from ds_remoe.planning.traffic import Flow
@@ -154,7 +154,7 @@ def test_dense_stage_stays_small_with_a_budget_and_not_without() -> None:
 @pytest.mark.parametrize(
     ("overrides", "stage", "words"),
     [
-        ((), 0, f"largest kind is {LOSS}, 9.4 GiB: lower train_micro_batch_size_per_gpu from 16"),
+        ((), 0, f"largest kind is {EXPERTS}, 2.5 GiB: set remoe.model.activation_checkpointing to true, or lower"),
         (("remoe.model.seq_length=16384", MICRO), 0, "the micro-batch is 1 already"),
         (("zero_optimization.stage=0", "remoe.moe.ep_size=1", MICRO), 0, "set zero_optimization.stage to 1"),
         (("remoe.moe.ep_size=1", MICRO), 0, "raise remoe.moe.ep_size from 1 to 2"),

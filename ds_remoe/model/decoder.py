@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -13,11 +12,10 @@ from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.kernels.rms_norm import rms_norm
 from ds_remoe.model.attention import Attention, KVCache, LayerCache, Rope, rope_tables
 from ds_remoe.model.init import init_weights
+from ds_remoe.model.loss import head_loss
 from ds_remoe.moe.budget import ActivationBudget, settled_rows
 from ds_remoe.moe.experts import SwiGLU
 from ds_remoe.moe.layer import MoE
-
-IGNORED_LABEL = -100
 
 
 class LMOutput(NamedTuple):
@@ -165,10 +163,10 @@ class Decoder(nn.Module):
             x_BSD, layer_aux = self._run(layer, x_BSD, rope, None if cache is None else cache.layers[index], budget)
             if layer_aux is not None:
                 aux_loss = aux_loss + layer_aux
-        logits_BSV = self.lm_head(self.norm(x_BSD))
+        x_BSD = self.norm(x_BSD)
         if labels_BS is None:
-            return LMOutput(None, None, aux_loss, logits_BSV)
-        lm_loss = cross_entropy(logits_BSV, labels_BS)
+            return LMOutput(None, None, aux_loss, self.lm_head(x_BSD))
+        lm_loss = head_loss(x_BSD, self.lm_head.weight, labels_BS)
         return LMOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
 
     def _run(
@@ -207,13 +205,6 @@ class Decoder(nn.Module):
                 raise ValueError(f"cache: made for {len(cache.layers)} layers, but the model has {len(self.layers)}")
             if torch.is_grad_enabled():
                 raise RuntimeError("cache: is for inference only; call the model under torch.no_grad()")
-
-
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean cross entropy in nats over the labels that are not -100, in fp32 or wider; 0 where all are."""
-    logits = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / (labels_BS != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

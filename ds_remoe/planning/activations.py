@@ -1,7 +1,7 @@
 """What a forward pass keeps for backward, and what a backward pass needs besides, in bytes on one rank.
 
-The formulas follow the modules line by line: `model.decoder`, `model.attention`, `moe.routers`, `moe.dispatch`,
-`moe.budgeted_swiglu`; tests/test_planning.py counts the saved tensors of a real model. T tokens of a micro-batch.
+The formulas follow the modules line by line: `model.decoder`, `model.attention`, `model.loss`, `moe.routers`,
+`moe.dispatch`, `moe.budgeted_swiglu`; tests/test_planning.py counts the saved tensors of a real model. T tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
+from ds_remoe.model.loss import block_tokens
 from ds_remoe.moe.budget import ActivationBudget, expected_rows, settled_rows
 from ds_remoe.planning.hardware import Dtype
 from ds_remoe.planning.sizes import moe_layers
@@ -90,15 +91,16 @@ class Activations:
     Attributes:
         layers: kept by attention, norms, dense FFNs and the residual stream of all layers.
         experts: kept by routers, dispatch, routed and shared experts of all layers.
-        head: kept by the last norm, the lm head and the loss.
-        head_gradients: needed besides when backward begins: the gradients of log-probabilities and of logits.
+        head: kept by the embedding, the last norm, and the loss, which makes the lm head's gradient in forward.
+        loss_block: needed besides while the loss of a block of tokens is taken: their logits and log-probabilities, and
+            what the block adds to the head's gradient where that is wider than the model.
         workspace: needed besides inside the backward pass of one layer, where the head's bytes are free again.
     """
 
     layers: float
     experts: float
     head: float
-    head_gradients: float
+    loss_block: float
     workspace: float
 
     @property
@@ -108,8 +110,8 @@ class Activations:
 
     @property
     def peak(self) -> float:
-        """At the worst moment of backward: at its beginning, or inside a layer."""
-        return self.layers + self.experts + max(self.head + self.head_gradients, self.workspace)
+        """At the worst moment: at the loss, or inside a layer's backward pass."""
+        return self.layers + self.experts + max(self.head + self.loss_block, self.workspace)
 
 
 def activations(
@@ -128,15 +130,17 @@ def activations(
     attention = _attention(model, tokens, item, is_cpu) + 2 * norm
     dense = 4 * tokens * model.d_ffn * item
     routed = _routed(model, moe, load, item, is_cpu)
-    head = norm + tokens * (vocab_size * FP32 + 2 * INT64)
-    head_gradients = 2 * tokens * vocab_size * FP32
+    head_weight = vocab_size * model.hidden_size
+    head = norm + tokens * INT64 + head_weight * FP32
+    loss_block = min(tokens, block_tokens(vocab_size)) * vocab_size * (item + FP32)
+    loss_block += head_weight * item if item != FP32 else 0
     workspace = _layer_workspace(model, moe, load, item, routed_layers > 0, is_cpu)
     if not model.activation_checkpointing:
         layers = attention * model.num_layers + dense * dense_layers
-        return Activations(layers, routed * routed_layers, head, head_gradients, workspace)
+        return Activations(layers, routed * routed_layers, head, loss_block, workspace)
     inputs = model.num_layers * tokens * model.hidden_size * item
     one_layer = attention + max(routed * bool(routed_layers), dense * bool(dense_layers))
-    return Activations(inputs, 0, head, head_gradients, one_layer + workspace)
+    return Activations(inputs, 0, head, loss_block, one_layer + workspace)
 
 
 def _norm(model: ModelConfig, tokens: int, item: int, is_cpu: bool) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ds_remoe.moe.budget import MIN_CHUNK_PAIRS
 from ds_remoe.planning.hardware import GIB
-from ds_remoe.planning.memory import EXPERTS, LOSS
+from ds_remoe.planning.memory import EXPERTS
 from ds_remoe.planning.plan import Plan, Stage, make_plan
 
 _SLOW_SHARE = 0.3
@@ -57,7 +57,7 @@ def _remedy(plan: Plan, stage: Stage, kind: str) -> str:
         return (
             "set remoe.moe.activation_budget, for example to 1.25; it keeps the dense stage as small as the settled one"
         )
-    if kind != LOSS and not plan.run.remoe.model.activation_checkpointing:
+    if not plan.run.remoe.model.activation_checkpointing:
         return f"set remoe.model.activation_checkpointing to true, or {_batch(plan)}"
     return _batch(plan)
 

@@ -91,7 +91,7 @@ class Memory:
     def kinds(self) -> dict[str, float]:
         """Bytes at that moment by kind, in the order of the table."""
         kept = self.activations
-        at_the_loss = kept.head + kept.head_gradients >= kept.workspace
+        at_the_loss = kept.head + kept.loss_block >= kept.workspace
         return {
             "parameters": self.states.parameters,
             "gradients": self.states.gradients,
@@ -99,7 +99,7 @@ class Memory:
             "communication buffers": self.states.buckets + self.exchange,
             LAYERS: kept.layers,
             EXPERTS: kept.experts,
-            LOSS: kept.head + kept.head_gradients if at_the_loss else 0.0,
+            LOSS: kept.head + kept.loss_block if at_the_loss else 0.0,
             WORKSPACE: 0.0 if at_the_loss else kept.workspace,
         }
 

@@ -15,6 +15,9 @@ from ds_remoe.planning.traffic import Flow
 
 ACTIVATION_PASSES = 5
 """Reads and writes of each kept activation byte: written and read forward, read backward, its gradient both."""
+LOGIT_BYTES = 16
+"""Memory traffic of the loss for one logit, besides three times its own bytes: in fp32 its log-probability is written,
+its exponential taken in place, and that read again."""
 FUSED_STEP_BYTES, STEP_BYTES = 40, 100
 """Memory traffic of Adam for one element, with clipping and casts: in one kernel, and in one for each operation."""
 PCIE_BYTES, HOST_BYTES = 25 * GB, 100 * GB
@@ -119,7 +122,8 @@ def step_time(
         settings.dtype,
         is_cpu=hardware.is_cpu,
     ).saved
-    elementwise = ACTIVATION_PASSES * kept * settings.accumulation / hardware.elementwise_bytes
+    loss = load.tokens * vocab_size * (LOGIT_BYTES + 3 * settings.item)
+    elementwise = (ACTIVATION_PASSES * kept + loss) * settings.accumulation / hardware.elementwise_bytes
     on_wire = {flow.name: flow.seconds(hardware) for flow in step_flows}
     exchange = sum(on_wire[flow.name] for flow in step_flows if flow.kind == "all-to-all")
     reducing = sum(on_wire[flow.name] for flow in step_flows if flow.name.endswith("gradients"))
