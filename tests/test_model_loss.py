@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_remoe.model import loss
 from ds_remoe.model.loss import IGNORED_LABEL, block_tokens, head_loss
@@ -16,6 +19,21 @@ BATCH, LENGTH, HIDDEN, VOCAB = 2, 173, 12, 37
 @pytest.fixture(params=[1, loss.BLOCK_LOGITS], ids=["three blocks", "one block"])
 def block_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "BLOCK_LOGITS", request.param)
+
+
+class Operators(TorchDispatchMode):
+    """Counts matrix products, and measures the largest tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def make_case(dtype: torch.dtype, ignored: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +95,17 @@ def test_a_frozen_side_gets_no_gradient_and_leaves_the_other_s_as_it_is(frozen: 
     sides[frozen] = sides[frozen].detach()
     (got,) = torch.autograd.grad(head_loss(*sides, labels), sides[1 - frozen])
     assert torch.equal(got, whole[1 - frozen])
-    with torch.no_grad():
-        assert head_loss(*sides, labels).grad_fn is None
+
+
+def test_only_the_products_that_are_wanted_are_taken() -> None:
+    *sides, labels = make_case(torch.float32)
+    with Operators() as both:
+        head_loss(*sides, labels)
+    with Operators() as one:
+        head_loss(sides[0].detach(), sides[1], labels)
+    with Operators() as none, torch.no_grad():
+        head_loss(*sides, labels)
+    assert [seen.products for seen in (both, one, none)] == [3, 2, 1]
 
 
 def test_gradients_can_be_taken_twice() -> None:
@@ -105,18 +132,43 @@ def test_a_loss_that_overflows_is_not_hidden() -> None:
     assert not head_loss(x, head, labels).isfinite()
 
 
-@pytest.mark.usefixtures("block_logits")
-def test_no_more_logits_exist_than_a_block_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("label", [-1, VOCAB])
+def test_a_label_outside_of_the_vocabulary_is_refused(label: int) -> None:
     x, head, labels = make_case(torch.float32)
-    sizes = []
-    log_softmax = torch.log_softmax
+    labels[1, 2] = label
+    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+        head_loss(x, head, labels)
 
-    def measured(logits: Tensor, **kwargs: object) -> Tensor:
-        sizes.append(len(logits))
-        return log_softmax(logits, **kwargs)
 
-    monkeypatch.setattr(torch, "log_softmax", measured)
-    head_loss(x, head, labels)
-    assert sum(sizes) == BATCH * LENGTH
-    assert max(sizes) <= block_tokens(VOCAB)
-    assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_is_larger_than_a_block_s_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", 1)
+    x, head, labels = make_case(dtype)
+    with Operators() as seen:
+        head_loss(x, head, labels).backward()
+    limit = max(block_tokens(VOCAB) * VOCAB, x.numel(), head.numel())
+    assert limit < x.shape[0] * x.shape[1] * VOCAB
+    assert seen.largest <= limit
+
+
+def test_many_blocks_sum_a_narrow_head_s_gradient_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(loss, "LEAST_BLOCK_TOKENS", 2)
+    x, head, labels = make_case(torch.bfloat16)
+    wide = [t.detach().double().requires_grad_() for t in (x, head)]
+    (exact,) = torch.autograd.grad(whole_loss(*wide, labels), wide[1])
+    (got,) = torch.autograd.grad(head_loss(x, head, labels), head)
+    (torch_s,) = torch.autograd.grad(whole_loss(x, head, labels), head)
+    assert (got - exact).norm() <= 1.25 * (torch_s - exact).norm()
+
+
+def test_fp16_gradients_bear_a_loss_scale_and_many_alike_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's gradient is not scaled yet, so it must stay within fp16 by itself."""
+    tokens, scale = 4 * loss.MOST_BLOCK_TOKENS, 4096.0
+    x = torch.full((1, tokens, 2), 8.0, dtype=torch.float16, requires_grad=True)
+    head = torch.zeros(3, 2, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(1, tokens, dtype=torch.int64)
+    ours, torch_s = (torch.autograd.grad(scale * f(x, head, labels), (x, head)) for f in (head_loss, whole_loss))
+    assert all(gradient.isfinite().all() for gradient in ours)
+    for one, other in zip(ours, torch_s, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-6)

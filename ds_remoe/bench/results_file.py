@@ -16,12 +16,13 @@ PACKAGES = ("ds-remoe", "torch", "deepspeed", "triton", "datasets", "sentencepie
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPUs, Python and package versions, and the commit of the working tree."""
+    """Processor, the vector instructions that torch uses, cores, memory, GPUs, versions, the working tree's commit."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,

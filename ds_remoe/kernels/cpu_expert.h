@@ -1,5 +1,5 @@
-// One expert's SwiGLU on a block of rows, on one thread. Its weights and their gradients pass through memory once in
-// each of the six GEMMs.
+// One expert's SwiGLU on a block of rows, each function on the calling thread. In each of the six GEMMs the weights or
+// their gradients pass through memory once.
 
 #pragma once
 

@@ -36,11 +36,12 @@ template <typename T>
 struct Panels {
   using Vec = at::vec::Vectorized<T>;
   static constexpr int64_t kWidth = 2 * Vec::size();
-  // Rows of a tile of kWidth columns, and the depth of the sums that it adds at once where weights are in rows.
+  // Rows of a tile of kWidth columns, 6 of which fill AVX2's registers; and the depth of the sums that a tile adds at
+  // once where weights are in rows, a multiple of both.
 #ifdef CPU_CAPABILITY_AVX512
   static constexpr int64_t kRows = 8, kDepth = 64;
 #else
-  static constexpr int64_t kRows = 6, kDepth = 96;  // fills AVX2's registers
+  static constexpr int64_t kRows = 6, kDepth = 96;
 #endif
   static_assert(kDepth % kRows == 0 && kDepth % kWidth == 0);
 

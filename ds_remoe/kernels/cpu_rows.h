@@ -1,11 +1,10 @@
-// Pairs on the CPU: cut by expert and into blocks of rows, run over the threads, gathered and summed.
+// Pairs on the CPU: cut by expert and into blocks of rows, run over the threads, and summed row by row.
 
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
@@ -53,7 +52,7 @@ inline std::vector<Span> blocks_of(const Span& span, int64_t limit) {
   return cut;
 }
 
-// Blocks of a wide expert's pairs, small enough for every thread to have one.
+// Blocks of a wide expert's pairs, one or more for every thread as long as they have kLeastRows each.
 inline std::vector<Span> shares_of(const Span& span) {
   const int64_t share = (span.count + at::get_num_threads() - 1) / at::get_num_threads();
   return blocks_of(span, std::clamp<int64_t>(share, kLeastRows, kBlockRows));

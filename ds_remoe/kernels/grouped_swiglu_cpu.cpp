@@ -6,13 +6,13 @@
 // its rows and then its weight gradients divided among all threads. Each pair's result stands in a buffer of its own
 // until a row's pairs are summed in the order of the experts, so the result does not depend on which thread came first.
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "cpu_expert.h"
 #include "cpu_rows.h"
-#include "cpu_swiglu.h"
 
 namespace {
 

@@ -166,6 +166,7 @@ class Decoder(nn.Module):
         x_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return LMOutput(None, None, aux_loss, self.lm_head(x_BSD))
+        # Past lm_head's forward, so that not all logits exist at a time.
         lm_loss = head_loss(x_BSD, self.lm_head.weight, labels_BS)
         return LMOutput(lm_loss + aux_loss, lm_loss, aux_loss, None)
 

@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 IGNORED_LABEL = -100
+RANGE = "ds_remoe head loss"
+"""What of the loss is no matrix product stands under this name in a profile."""
 
 BLOCK_LOGITS = 2**26
-"""Logits of a block: enough to keep a GPU busy, and that the head's weight gradient is seldom added to."""
-LEAST_BLOCK_TOKENS = 128
-"""With fewer the GEMMs mostly wait for the head's weights."""
+"""Logits of a block: they keep a GPU busy, and the head's gradient is seldom added to."""
+LEAST_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 8192
+"""With fewer the GEMMs mostly wait for the head's weights; with more a block's gradient could exceed fp16."""
 
 
 def block_tokens(vocab_size: int) -> int:
     """Most tokens of a block."""
-    return max(LEAST_BLOCK_TOKENS, BLOCK_LOGITS // vocab_size)
+    return min(max(BLOCK_LOGITS // vocab_size, LEAST_BLOCK_TOKENS), MOST_BLOCK_TOKENS)
 
 
 def head_loss(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor) -> Tensor:
@@ -39,9 +42,12 @@ def head_loss(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor) -> Tensor:
 
     Returns:
         A scalar in fp32, in fp64 for fp64 states.
+
+    Raises:
+        RuntimeError: a label is outside of the vocabulary; on a GPU the device asserts.
     """
     device = x_BSD.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x_BSD.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x_BSD, head_VD = x_BSD.to(dtype), head_VD.to(dtype)
     valid_T = (labels_BS != IGNORED_LABEL).flatten()
@@ -66,9 +72,11 @@ class _HeadLoss(torch.autograd.Function):
             losses.append(loss)
             if grad_x_TD is not None:
                 torch.mm(grad_logits, head_VD, out=grad_x_TD[span])
-            if for_head:
-                grad_head_VD = _add_product(grad_head_VD, grad_logits.t(), x, wide)
-            del grad_logits  # before the next block's are made
+            if grad_head_VD is not None:
+                grad_head_VD = _add_product(grad_head_VD.to(wide), grad_logits.t(), x)
+            elif for_head:
+                grad_head_VD = grad_logits.t() @ x
+            del loss, grad_logits  # before the next block's are made
         ctx.dtypes = x_TD.dtype, head_VD.dtype
         ctx.save_for_backward(grad_x_TD, grad_head_VD)
         return torch.stack(losses).sum()
@@ -76,12 +84,16 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by = grads[0]
-        scaled = (
-            None if grad is None else (grad.to(by.dtype) * by).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, None, None, None
+        return *(_scaled(*pair, grads[0]) for pair in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None
+
+
+def _scaled(grad: Tensor | None, dtype: torch.dtype, by: Tensor) -> Tensor | None:
+    """The product, rounded once and not the factor before it."""
+    if grad is None:
+        return None
+    if grad.dtype == by.dtype:
+        return torch.mul(grad, by, out=grad.new_empty(grad.shape, dtype=dtype))
+    return (grad.to(by.dtype) * by).to(dtype)
 
 
 def _blocks(tokens: int, limit: int) -> list[slice]:
@@ -94,18 +106,17 @@ def _block_loss(
     logits: Tensor, labels: Tensor, valid: Tensor, wide: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The summed loss and its gradient by the logits, which takes their place."""
-    label = labels.clamp(min=0).unsqueeze(1)
-    log_probs = torch.log_softmax(logits, dim=1, dtype=wide)
-    loss = torch.where(valid, -log_probs.gather(1, label).squeeze(1), 0).sum()
-    if with_gradient:
-        probs = log_probs.exp_()
-        probs.scatter_(1, label, probs.gather(1, label) - 1)
-        torch.mul(probs, valid.unsqueeze(1), out=logits)
+    with record_function(RANGE):
+        label = labels.masked_fill(~valid, 0).unsqueeze(1)
+        log_probs = torch.log_softmax(logits, dim=1, dtype=wide)
+        loss = torch.where(valid, -log_probs.gather(1, label).squeeze(1), 0).sum()
+        if with_gradient:
+            probs = log_probs.exp_()
+            probs.scatter_(1, label, probs.gather(1, label) - 1)
+            torch.mul(probs, valid.unsqueeze(1), out=logits)
     return loss, logits
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a · b, in `dtype`, which may be wider than the factors'."""
-    if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a · b, which is rounded to the factors' dtype before where that is narrower."""
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

@@ -1,7 +1,8 @@
 """What a forward pass keeps for backward, and what a backward pass needs besides, in bytes on one rank.
 
 The formulas follow the modules line by line: `model.decoder`, `model.attention`, `model.loss`, `moe.routers`,
-`moe.dispatch`, `moe.budgeted_swiglu`; tests/test_planning.py counts the saved tensors of a real model. T tokens of a micro-batch.
+`moe.dispatch`, `moe.budgeted_swiglu`; tests/test_planning_measured.py counts the saved tensors of a real model.
+T tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -130,10 +131,8 @@ def activations(
     attention = _attention(model, tokens, item, is_cpu) + 2 * norm
     dense = 4 * tokens * model.d_ffn * item
     routed = _routed(model, moe, load, item, is_cpu)
-    head_weight = vocab_size * model.hidden_size
-    head = norm + tokens * INT64 + head_weight * FP32
-    loss_block = min(tokens, block_tokens(vocab_size)) * vocab_size * (item + FP32)
-    loss_block += head_weight * item if item != FP32 else 0
+    head, loss_block = _head(model, vocab_size, tokens, item)
+    head += norm
     workspace = _layer_workspace(model, moe, load, item, routed_layers > 0, is_cpu)
     if not model.activation_checkpointing:
         layers = attention * model.num_layers + dense * dense_layers
@@ -141,6 +140,17 @@ def activations(
     inputs = model.num_layers * tokens * model.hidden_size * item
     one_layer = attention + max(routed * bool(routed_layers), dense * bool(dense_layers))
     return Activations(inputs, 0, head, loss_block, one_layer + workspace)
+
+
+def _head(model: ModelConfig, vocab_size: int, tokens: int, item: int) -> tuple[float, float]:
+    """What the embedding and the loss keep; and what the loss needs besides: its input, and a block of logits."""
+    block, weight = min(tokens, block_tokens(vocab_size)), vocab_size * model.hidden_size
+    summed = FP32 if tokens > block else item
+    log_probs = FP32 if item == FP32 else 2 * FP32  # of narrow logits a copy is made first
+    product = weight * item if summed != item else 0
+    logits = block * vocab_size * item
+    besides = tokens * model.hidden_size * item + logits + max(block * vocab_size * log_probs, product)
+    return tokens * INT64 + weight * summed, besides
 
 
 def _norm(model: ModelConfig, tokens: int, item: int, is_cpu: bool) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.model.flops import flops_per_token
-from ds_remoe.planning.activations import Load, activations
+from ds_remoe.planning.activations import FP32, Load, activations
 from ds_remoe.planning.hardware import GB, Cluster
 from ds_remoe.planning.settings import EngineSettings
 from ds_remoe.planning.sizes import ParamGroup, moe_layers
@@ -17,7 +17,7 @@ ACTIVATION_PASSES = 5
 """Reads and writes of each kept activation byte: written and read forward, read backward, its gradient both."""
 LOGIT_BYTES = 16
 """Memory traffic of the loss for one logit, besides three times its own bytes: in fp32 its log-probability is written,
-its exponential taken in place, and that read again."""
+its exponential taken in place, and that read again. A narrow logit is copied to fp32 first, half as much more."""
 FUSED_STEP_BYTES, STEP_BYTES = 40, 100
 """Memory traffic of Adam for one element, with clipping and casts: in one kernel, and in one for each operation."""
 PCIE_BYTES, HOST_BYTES = 25 * GB, 100 * GB
@@ -122,7 +122,8 @@ def step_time(
         settings.dtype,
         is_cpu=hardware.is_cpu,
     ).saved
-    loss = load.tokens * vocab_size * (LOGIT_BYTES + 3 * settings.item)
+    logit_bytes = LOGIT_BYTES * (1.0 if settings.item == FP32 else 1.5) + 3 * settings.item
+    loss = load.tokens * vocab_size * logit_bytes
     elementwise = (ACTIVATION_PASSES * kept + loss) * settings.accumulation / hardware.elementwise_bytes
     on_wire = {flow.name: flow.seconds(hardware) for flow in step_flows}
     exchange = sum(on_wire[flow.name] for flow in step_flows if flow.kind == "all-to-all")

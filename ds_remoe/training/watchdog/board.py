@@ -73,8 +73,9 @@ class Board:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=_CONNECT)
             if self._rank == 0:
-                for key in [*map(_key, self._read), _VERDICT]:
-                    store.set(key, "")
+                for key in map(_key, self._read):
+                    store.compare_set(key, "", "")  # there to be read, and a word that came first stays
+                store.set(_VERDICT, "")
             while not self._closed:
                 self._round(store)
                 self._wake.wait(self._period)
