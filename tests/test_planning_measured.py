@@ -229,7 +229,7 @@ def test_command_checks_its_plan_against_steps_of_this_machine(tmp_path: Path) -
     hardware, check = figures["plans"][0]["hardware"], figures["check"]
     assert hardware["is_cpu"]
     assert "measured here" in hardware["notes"][0]
-    for rate in ("gemm_flops", "attention_flops", "copy_bytes", "elementwise_bytes"):
+    for rate in ("gemm_flops", "expert_flops", "attention_flops", "copy_bytes", "elementwise_bytes"):
         assert hardware[rate] > 0
     for kind in ("parameters", "gradients", "optimizer states"):
         assert check[kind]["planned"] == check[kind]["measured"]

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from ds_remoe.bench.timing import interleave
 from ds_remoe.config import RunConfig
+from ds_remoe.kernels.pair_groups import PairGroups
 from ds_remoe.model.decoder import Decoder
+from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
+from ds_remoe.moe.experts import StackedSwiGLU
 from ds_remoe.moe.sparsity import SparsityController
 from ds_remoe.planning.hardware import GB, TERA, Hardware
 from ds_remoe.planning.settings import EngineSettings
@@ -34,7 +37,9 @@ class Rates:
 
     Attributes:
         gemm_flops: FLOP/s of matrix products, over the run's shapes, each by its share of the FLOPs.
-        best_flops: of the fastest shape.
+        expert_flops: FLOP/s of a layer's routed experts by their kernel, forward and backward, at k/E of the pairs;
+            gemm_flops where there are none.
+        best_flops: of the fastest of these.
         attention_flops: FLOP/s of the attention scores, forward and backward, half of them counted.
         copy_bytes: bytes/s read and written together.
         elementwise_bytes: bytes/s of silu(gate) · up forward and backward, counted as the plan counts a model's.
@@ -42,6 +47,7 @@ class Rates:
     """
 
     gemm_flops: float
+    expert_flops: float
     best_flops: float
     attention_flops: float
     copy_bytes: float
@@ -50,10 +56,10 @@ class Rates:
 
     def __str__(self) -> str:
         return (
-            f"measured here: GEMM {self.gemm_flops / TERA:.3g} TFLOP/s at the run's shapes (best "
-            f"{self.best_flops / TERA:.3g}), attention {self.attention_flops / TERA:.3g} TFLOP/s, copy "
-            f"{self.copy_bytes / GB:.3g} GB/s, elementwise {self.elementwise_bytes / GB:.3g} GB/s, "
-            f"{self.layer_seconds * 1e3:.3g} ms for a layer without work"
+            f"measured here: GEMM {self.gemm_flops / TERA:.3g} TFLOP/s at the run's shapes, experts "
+            f"{self.expert_flops / TERA:.3g} (best {self.best_flops / TERA:.3g}), attention "
+            f"{self.attention_flops / TERA:.3g} TFLOP/s, copy {self.copy_bytes / GB:.3g} GB/s, elementwise "
+            f"{self.elementwise_bytes / GB:.3g} GB/s, {self.layer_seconds * 1e3:.3g} ms for a layer without work"
         )
 
 
@@ -70,15 +76,21 @@ def measure_rates(run: RunConfig, settings: EngineSettings, vocab_size: int, dev
         settings.micro_batch * run.remoe.model.seq_length, run.remoe.model.d_ffn, dtype, device
     )
     work["elementwise"] = swiglu
+    routed = moe_layers(run.remoe.model, run.remoe.moe) > 0
+    if routed:
+        work["experts"], expert_flops = _experts(run, settings.micro_batch, dtype, device)
     work["two layers"] = _tiny_layers(run, 2, dtype, device)
     work["four layers"] = _tiny_layers(run, 4, dtype, device)
     seconds = {name: timing.median for name, timing in interleave(work, REPEATS, device).items()}
     rates = {shape: 3 * 2.0 * math.prod(shape) / seconds[str(shape)] for shape in shapes}
     model = run.remoe.model
     tokens = settings.micro_batch * model.seq_length
+    gemm = sum(shapes.values()) / sum(share / rates[shape] for shape, share in shapes.items())
+    experts = expert_flops / seconds["experts"] if routed else gemm
     return Rates(
-        gemm_flops=sum(shapes.values()) / sum(share / rates[shape] for shape, share in shapes.items()),
-        best_flops=max(rates.values()),
+        gemm_flops=gemm,
+        expert_flops=experts,
+        best_flops=max(experts, *rates.values()),
         attention_flops=3 * 2 * model.seq_length * model.hidden_size * tokens / seconds["attention"],
         copy_bytes=2 * COPY_BYTES / seconds["copy"],
         elementwise_bytes=ACTIVATION_PASSES * kept_bytes / seconds["elementwise"],
@@ -99,6 +111,7 @@ def calibrated(rates: Rates, base: Hardware, device: torch.device, ranks: int) -
             base,
             name=torch.cuda.get_device_name(device),
             gemm_flops=rates.gemm_flops,
+            expert_flops=rates.expert_flops,
             attention_flops=rates.attention_flops,
             memory_bytes=torch.cuda.get_device_properties(device).total_memory,
             copy_bytes=rates.copy_bytes,
@@ -108,13 +121,14 @@ def calibrated(rates: Rates, base: Hardware, device: torch.device, ranks: int) -
         )
     link = CPU_LINK_SHARE * rates.copy_bytes
     assumed = (
-        f"threads: {torch.get_num_threads()}, ranks that share them: {ranks}; the peak is the best GEMM; assumed: "
+        f"threads: {torch.get_num_threads()}, ranks that share them: {ranks}; the peak is the best rate; assumed: "
         f"{link / GB:.3g} GB/s between the processes, {CPU_NETWORK_BYTES / GB:g} GB/s network"
     )
     return Hardware(
         name=f"1/{ranks} CPU" if ranks > 1 else "CPU",
         peak_flops=rates.best_flops / ranks,
         gemm_flops=rates.gemm_flops / ranks,
+        expert_flops=rates.expert_flops / ranks,
         attention_flops=rates.attention_flops / ranks,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks,
         copy_bytes=rates.copy_bytes / ranks,
@@ -130,18 +144,15 @@ def calibrated(rates: Rates, base: Hardware, device: torch.device, ranks: int) -
 
 
 def _shapes(run: RunConfig, vocab_size: int, micro_batch: int) -> dict[tuple[int, int, int], float]:
-    """(rows, inner, columns) of the run's matrix products → multiplications of a token in products like it."""
+    """(rows, inner, columns) of matrix products but the routed experts' → multiplications of a token in such."""
     model, moe = run.remoe.model, run.remoe.moe
     tokens, width, routed = micro_batch * model.seq_length, model.hidden_size, moe_layers(model, moe)
     attention = 2 * model.num_layers * width * (width + model.kv_heads * model.head_size)
     shapes: dict[tuple[int, int, int], float] = {(tokens, width, width): attention}
     _add(shapes, (tokens, width, vocab_size), width * vocab_size)
-    if routed:
-        expert = model.d_ffn // moe.granularity
-        pairs = max(1, tokens * moe.active_experts // moe.total_experts)
-        passes = routed * (moe.active_experts + moe.num_shared_experts)
-        _add(shapes, (pairs, width, 2 * expert), 2 * passes * width * expert)
-        _add(shapes, (pairs, expert, width), passes * width * expert)
+    if routed and moe.num_shared_experts:
+        shared = moe.num_shared_experts * (model.d_ffn // moe.granularity)
+        _add(shapes, (tokens, width, shared), 3 * routed * width * shared)
     if routed < model.num_layers:
         _add(shapes, (tokens, width, model.d_ffn), 3 * (model.num_layers - routed) * width * model.d_ffn)
     return shapes
@@ -158,6 +169,31 @@ def _gemm(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device)
     weight = torch.randn(columns, inner, dtype=dtype, device=device)
     grad = torch.randn(rows, columns, dtype=dtype, device=device)
     return lambda: (x @ weight.t(), grad @ weight, grad.t() @ x)
+
+
+def _experts(
+    run: RunConfig, micro_batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], object], float]:
+    """A layer's routed experts on one rank, forward and backward, each with k/E of the rows; and its FLOPs."""
+    model, moe = run.remoe.model, run.remoe.moe
+    rows, experts = micro_batch * model.seq_length, moe.total_experts // moe.ep_size
+    each = max(1, rows * moe.ep_size * moe.active_experts // moe.total_experts)
+    stacked = StackedSwiGLU(model.hidden_size, model.d_ffn // moe.granularity, experts, device=device, dtype=dtype)
+    with torch.no_grad():
+        for weight in stacked.parameters():
+            weight.normal_(0.0, 0.02)
+    x = torch.randn(rows, model.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    ids = torch.arange(each * experts, device=device) % rows
+    weights = torch.ones(each * experts, device=device, requires_grad=True)
+    groups = PairGroups(ids, weights, [each] * experts)
+    grad = torch.randn_like(x)
+    inputs = (x, weights, stacked.gate_up, stacked.down)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        out = budgeted_swiglu(x, groups, stacked.gate_up, stacked.down, None)
+        return torch.autograd.grad(out, inputs, grad)
+
+    return forward_and_backward, 3 * 2 * each * sum(weight.numel() for weight in stacked.parameters())
 
 
 def _attention(run: RunConfig, micro_batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

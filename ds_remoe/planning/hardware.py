@@ -65,7 +65,8 @@ class Hardware:
     Attributes:
         name: of the accelerator.
         peak_flops: FLOP/s of one accelerator at the training dtype; MFU is relative to it.
-        gemm_flops: FLOP/s that the matrix products reach.
+        gemm_flops: FLOP/s that the matrix products reach, those of routed experts left out.
+        expert_flops: FLOP/s that the routed experts reach.
         attention_flops: FLOP/s that the attention scores reach.
         memory_bytes: device memory.
         copy_bytes: bytes/s of device memory, read and written together: the optimizer's.
@@ -81,6 +82,7 @@ class Hardware:
     name: str
     peak_flops: float
     gemm_flops: float
+    expert_flops: float
     attention_flops: float
     memory_bytes: float
     copy_bytes: float
@@ -116,6 +118,7 @@ def published(
         name=accelerator.name,
         peak_flops=peak,
         gemm_flops=peak * efficiency,
+        expert_flops=peak * efficiency,
         attention_flops=peak * attention,
         memory_bytes=accelerator.memory_gib * GIB,
         copy_bytes=accelerator.memory_gbs * GB * COPY_EFFICIENCY,

@@ -106,12 +106,14 @@ def step_time(
     active = load.density * moe.total_experts if moe_layers(model, moe) else 0.0
     flops = flops_per_token(model, moe, vocab_size, active)
     scores = 3 * 2 * model.seq_length * model.hidden_size * model.num_layers
-    matmul = (flops - scores) * rank_tokens / hardware.gemm_flops
+    dense_flops = flops_per_token(model, moe, vocab_size, 0.0)
+    experts = (flops - dense_flops) * rank_tokens / hardware.expert_flops
+    matmul = (dense_flops - scores) * rank_tokens / hardware.gemm_flops + experts
     attention = scores * rank_tokens / hardware.attention_flops
     head = 3 * 2 * vocab_size * model.hidden_size * rank_tokens / hardware.gemm_flops
     first_gemm = 2 * 2 * model.hidden_size * (model.d_ffn // moe.granularity)
     over_budget = load.recomputed_pairs * moe_layers(model, moe) * settings.accumulation
-    recompute = over_budget * first_gemm / hardware.gemm_flops
+    recompute = over_budget * first_gemm / hardware.expert_flops
     if model.activation_checkpointing:
         recompute += (matmul - head + attention) / 3
     kept = activations(
