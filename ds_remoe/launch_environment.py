@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 
 COLLECTIVE_TIMEOUT = "DEEPSPEED_TIMEOUT"
 _COLLECTIVE_TIMEOUT_MINUTES = "30"
 HOSTFILE = "DS_REMOE_HOSTFILE"
 """Set by launch/multinode.sh, which forwards it to the ranks."""
+_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_ID", "WORLD_SIZE")
+"""What tells of a launcher from which DeepSpeed takes the rank by itself, or of one that forgot it."""
 RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
@@ -26,6 +29,17 @@ def ranks_per_node() -> int | None:
             raise ValueError(f"{name} = {text!r}: must be the number of ranks on this machine, at least 1")
         return int(text)
     return None
+
+
+def start_alone() -> None:
+    """Be the one rank of a run where no launcher says otherwise, as with `python -m ds_remoe.train`."""
+    if "RANK" in os.environ or any(name in os.environ for name in _OTHER_LAUNCHERS):
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
 
 
 def collective_timeout() -> float:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from ds_remoe.config import load_run_or_exit
 from ds_remoe.config.leave import GRACE_SECONDS, WRONG_INPUT, leave
+from ds_remoe.launch_environment import start_alone
 from ds_remoe.launching.launcher_watch import stop_without_launcher
 from ds_remoe.process_exit import run_and_exit
 
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     gone, and with 1 where training fails otherwise.
     """
     options = parse_arguments(arguments)
+    start_alone()
     stop_without_launcher()
     from deepspeed.accelerator import get_accelerator
 

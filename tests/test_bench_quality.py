@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 from pathlib import Path
 
@@ -16,6 +18,11 @@ def test_topk_gets_the_flops_that_remoe_spent(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = run_config(tmp_path / "unused", tmp_path / "data")
     config["remoe"]["logging"]["wandb"]["mode"] = "disabled"
+    corpus = tmp_path / "corpus.jsonl"
+    code = inspect.getsource(argparse)
+    corpus.write_text("\n".join(json.dumps({"text": code[i : i + 1000]}) for i in range(0, len(code), 1000)))
+    config["remoe"]["data"]["source"] = {"type": "jsonl", "paths": [str(corpus)]}
+    config["remoe"]["data"]["tokenizer"]["vocab_size"] = 600
     file, output, runs = tmp_path / "tiny.json", tmp_path / "results.json", tmp_path / "runs"
     file.write_text(json.dumps(config))
     steps = ["--set=remoe.train.steps=20", "--set=scheduler.params.total_num_steps=20"]

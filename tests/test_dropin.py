@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,29 @@ def load_stock_checkpoint(folder: str) -> list[str]:
     return wrong if "sparsity state" in refused else [*wrong, f"a foreign checkpoint was taken: {refused!r}"]
 
 
+def copy_the_layer() -> list[str]:
+    """A deep copy drops the marks of parameters by which DeepSpeed knows experts; all layers or one may be copies."""
+    wrong = []
+    for stage in (0, 2):
+        losses = []
+        for copied in (False, True):
+            torch.manual_seed(3)
+            model = UserModel(ds_remoe.MoE, expert("swiglu"), ep_size=2, k=1)
+            if copied:
+                model.moe = copy.deepcopy(model.moe)
+            with torch.no_grad():
+                for p in model.moe.deepspeed_moe.experts.parameters():
+                    p.add_(dist.get_rank() * 0.1)
+            parameters = list(model.parameters())
+            engine, *_ = ds_remoe.initialize(model=model, model_parameters=parameters, config=config(stage))
+            losses.append(steps(engine, 0, 4))
+        if losses[0] != losses[1]:
+            wrong.append(f"stage {stage}: {losses[1]} with a copied layer, {losses[0]} without")
+    return wrong
+
+
 def drop_in_cases(folder: str) -> list[str]:
-    return train_save_resume(f"{folder}/ours") + load_stock_checkpoint(f"{folder}/stock")
+    return train_save_resume(f"{folder}/ours") + load_stock_checkpoint(f"{folder}/stock") + copy_the_layer()
 
 
 def test_deepspeeds_way_of_using_moe(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launched_runs import BIN, LAUNCHER, RealRun, Session, saved_once, slow, wait_until
 from ranks import free_port
+from test_resume import run_config
 
 from ds_remoe.launching.processes import TOKEN_VARIABLE
 
@@ -88,3 +91,18 @@ def test_only_deepspeeds_launcher_without_a_supervisor_is_missed(
         check=True,
     )
     assert done.stdout == output, done.stderr
+
+
+def test_without_any_launcher_it_is_a_run_of_one_rank(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tmp_path / "data")
+    config["remoe"]["moe"]["ep_size"] = 1
+    config["remoe"]["train"]["steps"] = 6
+    config["scheduler"]["params"]["total_num_steps"] = 6
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    command = [sys.executable, "-m", "ds_remoe.train", "--config", str(file)]
+    done = subprocess.run(command, env=environment | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6

@@ -190,3 +190,27 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         file.write_text(wrong)
         with pytest.raises(HostfileError, match=message):
             read_hostfile(file)
+
+
+def test_a_signal_while_a_failed_run_waits_for_its_restart_is_no_success(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ds_remoe.cli",
+        "supervise",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--backoff",
+        "600",
+    ]
+    process = subprocess.Popen([*command, "--", "false"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = ""
+    while "goes on" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    process.terminate()
+    said += process.stdout.read()
+    assert process.wait(60) == 1, said
+    assert "stopped by SIGTERM while waiting to restart a run that failed" in said

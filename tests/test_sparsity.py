@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ds_remoe.config.schema import SparsityConfig
+from ds_remoe.moe import MoE, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, TopKRouter
 from ds_remoe.moe.sparsity import SignRule, SparsityController
 from ds_remoe.moe.statistics import LayerRouting, RoutingReport, connect_all
@@ -265,3 +266,14 @@ def test_logits_stay_in_fp32_under_autocast() -> None:
 def test_k_out_of_range_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"k = {k}: must be between 1 and num_experts = 4"):
         ReLURouter(D, 4, k)
+
+
+def test_a_second_controller_of_the_same_routers_says_so() -> None:
+    model = nn.ModuleList([MoE(4, SwiGLU(4, 3), num_experts=4)])
+    first = SparsityController(model)
+    with pytest.warns(UserWarning, match="have a SparsityController already"):
+        SparsityController(model)
+    del first
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparsityController(model)

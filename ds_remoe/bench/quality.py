@@ -23,7 +23,6 @@ from rich.table import Table
 
 from ds_remoe.bench.router_settings import with_router
 from ds_remoe.config import RunConfig, load_run
-from ds_remoe.config.schema import DataConfig
 from ds_remoe.data.prepare import prepare
 from ds_remoe.model.flops import flops_per_token
 from ds_remoe.training import metrics
@@ -132,8 +131,9 @@ def _load(config: Path, settings: tuple[str, ...]) -> RunConfig:
 
 
 @functools.cache
-def _vocab_size(data: DataConfig, seq_length: int) -> int:
-    return prepare(data, seq_length, progress=False).tokenizer.vocab_size
+def _vocab_size(config: Path, settings: tuple[str, ...]) -> int:
+    remoe = _load(config, settings).remoe
+    return prepare(remoe.data, remoe.model.seq_length, progress=False).tokenizer.vocab_size
 
 
 def _steps_worth(pflops: float, config: Path, settings: Sequence[str]) -> list[str]:
@@ -154,11 +154,7 @@ def _pflops_per_step(active_experts: float, config: Path, settings: Sequence[str
     run = _load(config, tuple(settings))
     remoe = run.remoe
     tokens = run.batch_sizes(1).global_batch * remoe.model.seq_length
-    return (
-        flops_per_token(remoe.model, remoe.moe, _vocab_size(remoe.data, remoe.model.seq_length), active_experts)
-        * tokens
-        / 1e15
-    )
+    return flops_per_token(remoe.model, remoe.moe, _vocab_size(config, tuple(settings)), active_experts) * tokens / 1e15
 
 
 def _environment() -> dict[str, str]:

@@ -144,7 +144,8 @@ class Supervisor:
             left = self.policy.max_restarts - restarts
             self._say(f"goes on {where} in {seconds:g} s (restart {restarts + 1} of {restarts + left})")
             if not self._wait(seconds):
-                return self._stopped(after)
+                self._say(f"stopped by {self._asked_by} while waiting to restart a run that failed")
+                return FAILED
         raise AssertionError("the last attempt returns")
 
     def _attempt(self, watcher: Watcher) -> tuple[int, int]:

@@ -46,6 +46,11 @@ class SparsitySlot:
     def __reduce__(self) -> tuple[type[SparsitySlot], tuple[()]]:
         return type(self), ()  # a copy of the model is not controlled with the original
 
+    @property
+    def controlled(self) -> bool:
+        """Whether there is a controller."""
+        return self._controller is not None and self._controller() is not None
+
     def connect(self, controller: SparsityController) -> None:
         """Take λ, the number of layers and the regulariser from `controller` from now on."""
         self._controller = weakref.ref(controller)
@@ -145,6 +150,12 @@ class SparsityController:
         self._steered = {index for index, _ in steered}
         self.statistics: RoutingStatistics = connect_all((r.statistics, r.num_experts) for r in routers)
         self._device_coefficient: Tensor | None = None
+        if any(router.control.controlled for _, router in steered):
+            warnings.warn(
+                "the model's ReLU routers have a SparsityController already; they follow the new one from now on, and "
+                "λ of the other no longer moves. ds_remoe.initialize makes one: engine.remoe.controller",
+                stacklevel=2,
+            )
         for _, router in steered:
             router.control.connect(self)
 

@@ -1,4 +1,7 @@
-"""Output that nobody reads any more ends no run: a terminal that closed, ssh or pdsh that was killed."""
+"""Output that goes nowhere ends no run: a terminal that closed, ssh or pdsh that was killed, a log's full disk.
+
+Nor does a character that the output's encoding has not.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ import os
 import sys
 from typing import Any, TextIO
 
-_READER_IS_GONE = (errno.EPIPE, errno.EIO)
-"""Of a pipe, and of a terminal."""
+_GOES_NOWHERE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Of a pipe and a terminal without a reader; of a file without room."""
 
 
 class LastingOutput(io.FileIO):
-    """A file descriptor for writing, which turns to /dev/null when its reader is gone."""
+    """A file descriptor for writing, which turns to /dev/null when its reader is gone or its disk is full."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -23,7 +26,7 @@ class LastingOutput(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _READER_IS_GONE:
+            if error.errno not in _GOES_NOWHERE:
                 raise
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.fileno())
@@ -32,11 +35,11 @@ class LastingOutput(io.FileIO):
 
 
 def outlast_readers() -> None:
-    """Make this process's stdout and stderr go on where their reader ends, so that a rank trains on and can save."""
+    """Make this process's stdout and stderr go on where they cannot be written, so that a rank trains on and saves."""
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 
 def _lasting(stream: TextIO) -> TextIO:
     stream.flush()
     output = io.BufferedWriter(LastingOutput(stream.fileno()))
-    return io.TextIOWrapper(output, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+    return io.TextIOWrapper(output, encoding=stream.encoding, errors="replace", line_buffering=True)
