@@ -23,7 +23,7 @@ def test_check_shows_what_a_run_amounts_to(capsys: pytest.CaptureFixture[str]) -
     output = capsys.readouterr().out
     assert output.startswith(f"{REMOE_182M}: ok\n")
     # 777M is the total of the paper's table; 60k steps of 512 sequences of 1024 tokens.
-    for cell in ("777,087,744", "8, 1 active", "0.8750", "512 = 16 x 4 x 8 ranks", "524,288", "31,457,280,000"):
+    for cell in ("777,087,744", "8, 1 active", "0.8750", "512 = 32 x 2 x 8 ranks", "524,288", "31,457,280,000"):
         assert cell in output
 
 
@@ -126,6 +126,18 @@ def test_data_prepare_fails_with_a_message(tmp_path: Path, capsys: pytest.Captur
     arguments = ["--set", f"remoe.data.source={source}", "--set", f"remoe.data.cache_dir={tmp_path}/cache"]
     assert main(["data", "prepare", QUICKSTART, *arguments]) == 1
     assert "text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["layer", "comm", "kernels", "memory", "step", "quality", "record"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_measurement(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    file = [] if command in ("layer", "comm", "kernels") else [QUICKSTART]
+    file += ["--steps", "1"] if command == "record" else []
+    for name, words in ((tmp_path / "file", "exists"), (tmp_path / "file" / "results.json", "cannot be written")):
+        assert main(["bench", command, *file, "--output", str(name)]) == 2
+        assert f"--output {name}: {words}" in capsys.readouterr().err
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:

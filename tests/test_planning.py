@@ -251,7 +251,7 @@ def test_command_writes_plan_and_picture_for_several_clusters(
 
 def test_command_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert main(["plan", str(CONFIGS / "remoe_182m.json"), "--output", str(tmp_path / "file" / "plan.json")]) == 1
+    assert main(["plan", str(CONFIGS / "remoe_182m.json"), "--output", str(tmp_path / "file" / "plan.json")]) == 2
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
 
 

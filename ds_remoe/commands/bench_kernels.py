@@ -56,11 +56,11 @@ def bench_kernels(arguments: argparse.Namespace) -> int:
     from ds_remoe.bench.kernel_subjects import KERNELS, Settings
     from ds_remoe.bench.results_file import write_results
     from ds_remoe.bench.workloads import Sizes, WorkloadError, build_workload
-    from ds_remoe.commands.output import make_console
+    from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output) if arguments.output else None
-    if output is not None and output.exists():
-        return _refuse(f"--output {output}: exists; a measurement is never overwritten, choose another name")
+    if problem := output_problem(arguments.output):
+        return _refuse(problem)
     has_cuda = torch.cuda.is_available()
     device = torch.device(arguments.device or ("cuda" if has_cuda else "cpu"))
     if device.type == "cuda" and not has_cuda:

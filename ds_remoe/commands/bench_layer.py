@@ -69,12 +69,12 @@ def bench_layer(arguments: argparse.Namespace) -> int:
 
     from ds_remoe.bench import layer, layer_bars, layer_report
     from ds_remoe.bench.results_file import write_results
-    from ds_remoe.commands.output import make_console
+    from ds_remoe.commands.output import make_console, output_problem
     from ds_remoe.training.host_memory import reuse_freed_memory
 
     output = Path(arguments.output) if arguments.output else None
-    if output is not None and output.exists():
-        print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
+    if problem := output_problem(arguments.output):
+        print(problem, file=sys.stderr)
         return 2
     has_cuda = torch.cuda.is_available()
     device = torch.device(arguments.device or ("cuda" if has_cuda else "cpu"))

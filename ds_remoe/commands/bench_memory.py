@@ -49,16 +49,17 @@ def bench_memory(arguments: argparse.Namespace) -> int:
     """Measure, print the table and the verdict, and write results and picture."""
     from pathlib import Path
 
+    from ds_remoe.commands.output import make_console, output_problem
+
     output = Path(arguments.output) if arguments.output else None
-    if output is not None and output.exists():
-        print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
+    if problem := output_problem(arguments.output, arguments.picture):
+        print(problem, file=sys.stderr)
         return 2
     sizes = _sizes(load_run(arguments.file, arguments.overrides, world_size=None), arguments)
 
     from ds_remoe.bench import memory
     from ds_remoe.bench.memory_ranks import measure_on_ranks
     from ds_remoe.bench.results_file import write_results
-    from ds_remoe.commands.output import make_console
 
     console, points = make_console(), list[memory.Point]()
     densities = arguments.densities or memory.DENSITIES

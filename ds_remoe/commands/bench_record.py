@@ -38,11 +38,11 @@ def bench_record(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ds_remoe.bench.record import record
-    from ds_remoe.commands.output import make_console
+    from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output)
-    if output.exists():
-        print(f"--output {output}: exists; a recording is never overwritten, choose another name", file=sys.stderr)
+    if problem := output_problem(arguments.output):
+        print(problem, file=sys.stderr)
         return 2
     console = make_console()
     with console.status(f"training to step {arguments.steps[-1]}"):

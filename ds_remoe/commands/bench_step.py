@@ -31,11 +31,11 @@ def bench_step(arguments: argparse.Namespace) -> int:
 
     from ds_remoe.bench import step
     from ds_remoe.bench.results_file import write_results
-    from ds_remoe.commands.output import make_console
+    from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output) if arguments.output else None
-    if output is not None and output.exists():
-        print(f"--output {output}: exists; a measurement is never overwritten, choose another name", file=sys.stderr)
+    if problem := output_problem(arguments.output):
+        print(problem, file=sys.stderr)
         return 2
     load_run(arguments.file, arguments.overrides, world_size=None)
     console = make_console()

@@ -1,6 +1,9 @@
-"""Where the subcommands print."""
+"""Where the subcommands print, and the files that they write."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 from rich.console import Console
 
@@ -11,3 +14,25 @@ def make_console() -> Console:
     """Standard output; wide enough for whole tables where it is a file or a pipe, which have no width of their own."""
     console = Console()
     return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
+def output_problem(output: str | None, picture: str | None = None) -> str | None:
+    """Why the files of --output and --picture cannot be written, to be said before anything is measured; else None.
+
+    The folder of each is made.
+    """
+    if picture and not picture.lower().endswith(".png"):
+        return f"--picture {picture}: must be the name of a .png file"
+    for option, name in (("--output", output), ("--picture", picture)):
+        if not name:
+            continue
+        path = Path(name)
+        try:
+            if option == "--output" and path.exists():
+                return f"{option} {name}: exists; a measurement is never overwritten, choose another name"
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"{option} {name}: cannot be written ({error.strerror}); choose another place"
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            return f"{option} {name}: cannot be written, as {path.parent} cannot; choose another place"
+    return None

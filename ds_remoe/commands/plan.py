@@ -58,7 +58,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from ds_remoe.commands.output import make_console
+    from ds_remoe.commands.output import make_console, output_problem
 
     # DeepSpeed would warn of every machine without an accelerator, where a plan is as good as anywhere.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +67,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from ds_remoe.planning.report import as_figures, show, show_scaling
 
     output = Path(arguments.output) if arguments.output else None
-    complaint = _usage_problem(arguments, list(ACCELERATORS), exists=output is not None and output.exists())
+    complaint = _usage_problem(arguments, list(ACCELERATORS)) or output_problem(arguments.output, arguments.picture)
     if complaint:
         print(complaint, file=sys.stderr)
         return 2
@@ -104,15 +104,11 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _usage_problem(arguments: argparse.Namespace, known: list[str], exists: bool) -> str | None:
-    if exists:
-        return f"--output {arguments.output}: exists; a plan is never overwritten, choose another name"
+def _usage_problem(arguments: argparse.Namespace, known: list[str]) -> str | None:
     if arguments.gpu not in known:
         return f"--gpu {arguments.gpu}: unknown; known are {', '.join(known)}; another's figures can be given by option"
     if arguments.check and (arguments.nodes != [1] or arguments.gpus_per_node != 1):
         return "--check: trains on one rank; add --nodes 1 --gpus-per-node 1"
-    if arguments.picture and not arguments.picture.lower().endswith(".png"):
-        return f"--picture {arguments.picture}: must be the name of a .png file"
     for name in ("gemm_efficiency", "density"):
         value = getattr(arguments, name)
         if value is not None and value > 1:
