@@ -57,6 +57,43 @@ CASES: dict[str, Case] = {
         0.1,
         "warmup_min_ratio",
     ),
+    "schedule without parameters": (
+        ['scheduler={"type": "WarmupLR"}', "remoe.train.steps=2000"],
+        "scheduler.params",
+        MISSING,
+        "DeepSpeed fails without it",
+    ),
+    "warm-up from above": (
+        ['scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0.5, "warmup_num_steps": 10}}'],
+        "scheduler.params.warmup_min_lr",
+        0.5,
+        "must be between 0 and optimizer.params.lr = ",
+    ),
+    "scattered gradients": (
+        ["zero_optimization.contiguous_gradients=false"],
+        "zero_optimization.contiguous_gradients",
+        False,
+        "for experts at stage 2",
+    ),
+    "no reduce-scatter": (
+        ["zero_optimization.reduce_scatter=false"],
+        "zero_optimization.reduce_scatter",
+        False,
+        "for experts at stages 1 and 2",
+    ),
+    "empty bucket": (
+        ["zero_optimization.reduce_bucket_size=0"],
+        "zero_optimization.reduce_bucket_size",
+        0,
+        "must be positive",
+    ),
+    "gradients scaled before": (["prescale_gradients=true"], "prescale_gradients", True, "set zero_optimization.stage"),
+    "gradients divided before": (
+        ["gradient_predivide_factor=2"],
+        "gradient_predivide_factor",
+        2,
+        "set zero_optimization.stage to 1",
+    ),
     "unknown zero key": (
         ["zero_optimization.reduce_bucket=5"],
         "zero_optimization.reduce_bucket",

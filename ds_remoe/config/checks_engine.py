@@ -61,6 +61,15 @@ def check_zero(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
     if zero.get("compute_grad_norm") is False:
         remedy = "clipping and the log of each step need the gradient norm; remove it"
         yield ConfigProblem("zero_optimization.compute_grad_norm", False, remedy)
+    if stage == 2 and zero.get("contiguous_gradients") is False:
+        remedy = "DeepSpeed needs contiguous gradients for experts at stage 2; remove it"
+        yield ConfigProblem("zero_optimization.contiguous_gradients", False, remedy)
+    if stage in (1, 2) and zero.get("reduce_scatter") is False:
+        remedy = "DeepSpeed needs it for experts at stages 1 and 2; remove it"
+        yield ConfigProblem("zero_optimization.reduce_scatter", False, remedy)
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(name, 1) <= 0:
+            yield ConfigProblem(f"zero_optimization.{name}", zero[name], "must be positive")
     offload = zero.get("offload_optimizer", {})
     device = offload.get("device", "none")
     if device not in ("none", "cpu"):
@@ -127,6 +136,11 @@ def check_values(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
     for field, section, key, allowed in choices:
         if key in section and section[key].lower() not in allowed:
             yield ConfigProblem(field, section[key], f"must be one of {', '.join(allowed)}")
+    if zero_stage(clean) == 2:
+        remedy = "DeepSpeed has it at stages 0 and 1 alone; remove it, or set zero_optimization.stage to 1"
+        for key, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+            if clean.get(key, neutral) != neutral:
+                yield ConfigProblem(key, clean[key], remedy)
     for key in ("steps_per_print", "gradient_predivide_factor"):
         if clean.get(key, 1) <= 0:
             yield ConfigProblem(key, clean[key], "must be positive")

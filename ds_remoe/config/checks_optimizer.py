@@ -106,6 +106,10 @@ def check_scheduler(clean: Mapping[str, Any], steps: int) -> Iterator[ConfigProb
         if name in params and not 0 <= params[name] <= 1:
             yield ConfigProblem(f"{prefix}.{name}", params[name], "must be in [0, 1], a share of the learning rate")
     lr = clean.get("optimizer", {}).get("params", {}).get("lr")
+    lowest = params.get("warmup_min_lr", 0.0)
+    if lr is not None and not 0 <= lowest <= lr:
+        remedy = f"the warm-up begins there: must be between 0 and optimizer.params.lr = {lr}"
+        yield ConfigProblem(f"{prefix}.warmup_min_lr", lowest, remedy)
     if kind == "WarmupDecayLR" and "warmup_max_lr" not in params:
         remedy = f"DeepSpeed would peak at 0.001 and ignore optimizer.params.lr; set it to {lr}"
         yield ConfigProblem(f"{prefix}.warmup_max_lr", MISSING, remedy)

@@ -140,6 +140,8 @@ def _check_scheduler(clean: dict[str, Any]) -> list[ConfigProblem]:
         remedy = f"not a schedule of {keys.RELEASE}; {suggestion(kind, keys.SCHEDULERS)}"
         return [*problems, ConfigProblem("scheduler.type", kind, remedy)]
     given = section.get("params", {})
+    if "params" not in section:
+        problems.append(ConfigProblem("scheduler.params", MISSING, "DeepSpeed fails without it; {} takes its defaults"))
     section["params"], found = _check_object("scheduler.params", given, keys.SCHEDULERS[kind], {})
     for name in keys.SCHEDULER_REQUIRED.get(kind, ()):
         if name not in given:
