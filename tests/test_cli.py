@@ -140,6 +140,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_measurement(
         assert f"--output {name}: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["500", "0GB", "abc", "5 GB"])
+def test_a_shard_size_without_number_or_unit_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["checkpoint", "export", "--max-shard-size", size, "runs/none"])
+    assert caught.value.code == 2
+    assert f"argument --max-shard-size: {size}: must be a positive size with its unit" in capsys.readouterr().err
+
+
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ds_remoe.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)

@@ -15,6 +15,7 @@ import pytest
 
 from ds_remoe.config.schema import FilesSource, HubSource, StdlibSource
 from ds_remoe.data.corpus import read_corpus, source_state
+from ds_remoe.data.dataset_corpus import source_files
 from ds_remoe.data.documents import DataError, Document
 
 ROWS: list[dict[str, Any]] = [
@@ -127,6 +128,13 @@ def test_hub_source_reads_what_load_dataset_takes_as_a_name(
     ):
         with pytest.raises(DataError, match=message):
             list(read_corpus(source.model_copy(update=change)))
+
+
+def test_a_file_under_two_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    source = FilesSource(type="text", paths=["a.txt", str(tmp_path / "a.txt"), "*.txt"])
+    assert source_files(source) == [Path("a.txt")]
 
 
 def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

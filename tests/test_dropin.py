@@ -273,3 +273,14 @@ def test_initialize_refuses_a_wrong_section(remoe: dict[str, Any] | None, messag
     model = UserModel(ds_remoe.MoE, expert("swiglu"))
     with pytest.raises(ValueError, match=message):
         ds_remoe.initialize(model=model, config={**config(1), "remoe": remoe})
+
+
+def test_experts_without_parameters_and_on_the_meta_device() -> None:
+    ds_remoe.MoE(D, nn.Identity(), num_experts=E)
+    weights = ds_remoe.MoE(D, SwiGLU(D, 6), num_experts=E).state_dict()
+    with torch.device("meta"):
+        empty = ds_remoe.MoE(D, SwiGLU(D, 6), num_experts=E)
+    with pytest.raises(RuntimeError, match=r"on the meta device take no weights; call to_empty"):
+        empty.load_state_dict(weights, assign=True)
+    empty.to_empty(device="cpu").load_state_dict(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in empty.state_dict().items())

@@ -277,3 +277,10 @@ def test_a_second_controller_of_the_same_routers_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SparsityController(model)
+
+
+@pytest.mark.parametrize("router", [ReLURouter(4, 4, 1), TopKRouter(4, 4, 1)])
+@pytest.mark.parametrize("length", [1, 4])
+def test_used_token_of_another_length_is_refused(router: ReLURouter | TopKRouter, length: int) -> None:
+    with pytest.raises(ValueError, match=rf"used_token has shape \({length},\).* each of the 3 tokens"):
+        router(torch.randn(3, 4), torch.ones(length))

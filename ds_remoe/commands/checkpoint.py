@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,9 +74,20 @@ def add_checkpoint_export(commands: Commands) -> None:
         "--output", type=Path, metavar="OUT", help="folder to make; default: DIR/export-TAG-DTYPE, beside `checkpoints`"
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="bytes of a file, e.g. 500MB (default: 5GB)"
+        "--max-shard-size",
+        type=_shard_size,
+        default="5GB",
+        metavar="SIZE",
+        help="of a file, with its unit KB, MB, GB or TB (default: 5GB)",
     )
     parser.set_defaults(run=checkpoint_export)
+
+
+def _shard_size(text: str) -> str:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)[KMGT]B", text.upper())
+    if size is None or float(size[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive size with its unit, for example 500MB or 5GB")
+    return text
 
 
 def checkpoint_list(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
             return f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 0"
     if arguments.run_dir is None and not _values(arguments.command, "--config"):
         return "the command has no --config FILE, so --run-dir DIR must say where the run keeps its checkpoints"
+    if shutil.which(arguments.command[0]) is None:
+        return f"{arguments.command[0]}: is no command that can be run; give its path, or start a script with bash"
     resume = _values(arguments.command, "--resume")
     if arguments.max_restarts > 0 and resume and resume[-1] != "auto":
         return f"--resume {resume[-1]}: each restart would go back to it; leave it out, which continues by itself"

@@ -26,7 +26,7 @@ def source_files(source: FilesSource) -> list[Path]:
 
     Raises: DataError: a path does not exist, a pattern matches no file, or a path is a folder.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in source.paths:
         if Path(pattern).is_dir():
             raise DataError(
@@ -38,8 +38,9 @@ def source_files(source: FilesSource) -> list[Path]:
             raise DataError(
                 f"data.source.paths: {pattern!r} matches no file (read from {Path.cwd()}); correct or remove it"
             )
-        found.update(dict.fromkeys(files))
-    return list(found)
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def read_files(source: FilesSource) -> Iterator[Document]:

@@ -139,7 +139,11 @@ class StackedSwiGLU(nn.Module):
             targets[f"{prefix}{i}.{UP}"] = self.gate_up[i, width:]
             targets[f"{prefix}{i}.{DOWN}"] = self.down[i]
         for name, target in targets.items():
-            if name not in state_dict:
+            if target.is_meta:
+                error_msgs.append(
+                    f"{name}: stacked experts on the meta device take no weights; call to_empty(device=...) before"
+                )
+            elif name not in state_dict:
                 missing_keys.append(name)
             elif state_dict[name].shape != target.shape:
                 error_msgs.append(
@@ -206,7 +210,8 @@ class ModuleExperts(nn.ModuleList):
                 "give its module a reset_parameters() method, or say expert_init='copy'",
                 stacklevel=2,
             )
-        with _seeded(generator.initial_seed(), next(expert.parameters()).device):
+        device = next((p.device for p in expert.parameters()), torch.device("cpu"))
+        with _seeded(generator.initial_seed(), device):
             for module in resettable:
                 cast(Any, module).reset_parameters()
 

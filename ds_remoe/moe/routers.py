@@ -82,8 +82,8 @@ class ReLURouter(Router):
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route by ReLU; the auxiliary loss is this layer's share of λ·L_reg (6, 9, 10)."""
-        routing, weight_sums_E = Routing.from_relu_(self.logits(x_TD), used_token_T)
         tokens = _count_tokens(x_TD, used_token_T)
+        routing, weight_sums_E = Routing.from_relu_(self.logits(x_TD), used_token_T)
         aux_loss, regulariser = self.control.loss(weight_sums_E, routing.counts_E, tokens, self.k, self.training)
         if self.training:
             self.statistics.add(routing.counts_E, weight_sums_E, regulariser, tokens)
@@ -103,6 +103,7 @@ class TopKRouter(Router):
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route to the k experts of the largest probability."""
+        tokens = _count_tokens(x_TD, used_token_T)
         probs_ET = torch.softmax(self.logits(x_TD), dim=0)
         chosen_kT = probs_ET.topk(self.k, dim=0, sorted=False).indices
         mask_ET = torch.zeros_like(probs_ET, dtype=torch.bool).scatter_(0, chosen_kT, True)
@@ -111,7 +112,6 @@ class TopKRouter(Router):
             used_T = used_token_T.reshape(-1) != 0
             mask_ET, used_ET = mask_ET & used_T, probs_ET * used_T
         routing = Routing.from_mask(probs_ET.t(), mask_ET.t())
-        tokens = _count_tokens(x_TD, used_token_T)
         counted = at_least_one(tokens)
         share_E = routing.counts_E.to(probs_ET.dtype) / (self.k * counted)
         switch_loss = self.num_experts * (share_E * used_ET.sum(dim=1) / counted).sum()
@@ -123,4 +123,11 @@ class TopKRouter(Router):
 
 def _count_tokens(x_TD: Tensor, used_token_T: Tensor | None) -> Tensor | int:
     """Tokens that are routed: on the host where all are, else an int64 scalar that stays on the device."""
-    return x_TD.shape[0] if used_token_T is None else used_token_T.count_nonzero()
+    if used_token_T is None:
+        return x_TD.shape[0]
+    if used_token_T.numel() != x_TD.shape[0]:
+        raise ValueError(
+            f"used_token has shape {tuple(used_token_T.shape)}, but must have one entry for each of the "
+            f"{x_TD.shape[0]} tokens"
+        )
+    return used_token_T.count_nonzero()
