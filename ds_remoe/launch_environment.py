@@ -10,8 +10,8 @@ COLLECTIVE_TIMEOUT = "DEEPSPEED_TIMEOUT"
 _COLLECTIVE_TIMEOUT_MINUTES = "30"
 HOSTFILE = "DS_REMOE_HOSTFILE"
 """Set by launch/multinode.sh, which forwards it to the ranks."""
-_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_ID", "WORLD_SIZE")
-"""What tells of a launcher from which DeepSpeed takes the rank by itself, or of one that forgot it."""
+_TASKS_OF_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""The number of ranks by launchers that set no WORLD_SIZE."""
 RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
@@ -33,13 +33,14 @@ def ranks_per_node() -> int | None:
 
 def start_alone() -> None:
     """Be the one rank of a run where no launcher says otherwise, as with `python -m ds_remoe.train`."""
-    if "RANK" in os.environ or any(name in os.environ for name in _OTHER_LAUNCHERS):
+    if {"RANK", "WORLD_SIZE"} & os.environ.keys() or any(os.environ.get(n, "1") != "1" for n in _TASKS_OF_OTHERS):
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(alone)
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
 
 
 def collective_timeout() -> float:

@@ -135,8 +135,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_measurement(
     (tmp_path / "file").touch()
     file = [] if command in ("layer", "comm", "kernels") else [QUICKSTART]
     file += ["--steps", "1"] if command == "record" else []
-    for name, words in ((tmp_path / "file", "exists"), (tmp_path / "file" / "results.json", "cannot be written")):
-        assert main(["bench", command, *file, "--output", str(name)]) == 2
+    for name, words in (
+        (tmp_path / "file", "exists"),
+        (tmp_path / "file" / "results.json", "cannot be written"),
+        (repr(""), "is a folder"),
+        (repr(str(tmp_path)), "is a folder"),
+    ):
+        assert main(["bench", command, *file, "--output", str(name).strip("'")]) == 2
         assert f"--output {name}: {words}" in capsys.readouterr().err
 
 

@@ -527,3 +527,14 @@ def test_long_values_are_cut_in_messages(render: Callable[[object], str]) -> Non
     assert len(str(problem)) < 120
     assert "..." in str(problem)
     assert "999" in render(problem.value)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_gradients_without_experts_or_on_the_host_may_be_reduced_in_other_ways(dense: bool) -> None:
+    overrides = ["zero_optimization.contiguous_gradients=false"]
+    if dense:
+        overrides += ["zero_optimization.reduce_scatter=false", "prescale_gradients=true"]
+        load_run(QUICKSTART.with_name("dense_182m.json"), ["zero_optimization.stage=2", *overrides], world_size=8)
+    else:
+        overrides += ['zero_optimization.offload_optimizer={"device": "cpu"}']
+        load_run(QUICKSTART, overrides, world_size=2)

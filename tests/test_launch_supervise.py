@@ -163,7 +163,7 @@ def test_it_knows_when_a_restart_makes_no_sense(tmp_path: Path) -> None:
         (["--run-dir", "x", "--backoff", "-1", "--", "true"], "--backoff"),
         (["--run-dir", "x", "--", "true", "--resume", "none"], "--resume none"),
         (["--", "true", "--config", "no-such.json"], "no-such.json"),
-        (["--run-dir", "x", "--", "no-such-command"], "no-such-command: is no command"),
+        (["--run-dir", "x", "--", "no-such-command"], "COMMAND 'no-such-command': cannot be run"),
         (["--run-dir", "x", "--", "true", "--hostfile", "no-such"], "--hostfile no-such"),
     ],
 )

@@ -48,8 +48,8 @@ def test_it_goes_on_when_the_disk_of_its_log_is_full(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "saved"
 
 
-def test_a_character_that_the_encoding_has_not_is_replaced() -> None:
+def test_a_character_that_the_encoding_has_not_is_written_as_its_escape() -> None:
     program = 'from ds_remoe.training.lost_output import outlast_readers\noutlast_readers()\nprint("λ = 1")'
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "? = 1\n"
+    assert done.stdout == "\\u03bb = 1\n"

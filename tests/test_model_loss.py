@@ -164,8 +164,8 @@ def test_many_blocks_sum_a_narrow_head_s_gradient_in_fp32(monkeypatch: pytest.Mo
 
 def test_fp16_gradients_bear_a_loss_scale_and_many_alike_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's gradient is not scaled yet, so it must stay within fp16 by itself."""
-    tokens, scale = 4 * loss.MOST_BLOCK_TOKENS, 4096.0
-    x = torch.full((1, tokens, 2), 8.0, dtype=torch.float16, requires_grad=True)
+    tokens, scale = 4 * loss.MOST_BLOCK_TOKENS, 1024.0
+    x = torch.full((1, tokens, 2), 24.0, dtype=torch.float16, requires_grad=True)
     head = torch.zeros(3, 2, dtype=torch.float16, requires_grad=True)
     labels = torch.zeros(1, tokens, dtype=torch.int64)
     ours, torch_s = (torch.autograd.grad(scale * f(x, head, labels), (x, head)) for f in (head_loss, whole_loss))

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from ds_remoe.model.loss import RANGE
+from ds_remoe.model.loss import LOSS_RANGE
 
 ENGINE_RANGES = {"_take_model_step": "engine: model step", "allreduce_gradients": "engine: reduce gradients"}
 """Methods of DeepSpeed's engine that a profile shows as ranges, by these names."""
@@ -20,7 +20,7 @@ ENGINE_RANGES = {"_take_model_step": "engine: model step", "allreduce_gradients"
 # Whatever runs inside an operator or range of such a name belongs to it: the experts' GEMMs to the experts.
 PARTS: dict[str, tuple[str, ...]] = {
     "experts": ("ds_remoe::",),
-    "loss": (RANGE,),
+    "loss": (LOSS_RANGE,),
     "optimizer": ("Optimizer.step",),
     "gradients: norm, clipping, flattening": ("engine: model step",),
     "gradients: hooks and reduction": ("engine: reduce gradients", "torch::autograd::AccumulateGrad"),

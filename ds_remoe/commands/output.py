@@ -24,15 +24,19 @@ def output_problem(output: str | None, picture: str | None = None) -> str | None
     if picture and not picture.lower().endswith(".png"):
         return f"--picture {picture}: must be the name of a .png file"
     for option, name in (("--output", output), ("--picture", picture)):
-        if not name:
+        if name is None:
             continue
         path = Path(name)
         try:
+            if path.is_dir():
+                return f"{option} {name!r}: is a folder; name a file"
             if option == "--output" and path.exists():
-                return f"{option} {name}: exists; a measurement is never overwritten, choose another name"
+                return f"--output {name}: exists; a file of results is never overwritten, choose another name"
             path.parent.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError):
+            return f"{option} {name}: cannot be written, as {path.parent} is no folder; choose another place"
         except OSError as error:
             return f"{option} {name}: cannot be written ({error.strerror}); choose another place"
         if not os.access(path.parent, os.W_OK | os.X_OK):
-            return f"{option} {name}: cannot be written, as {path.parent} cannot; choose another place"
+            return f"{option} {name}: cannot be written, for lack of rights in {path.parent}; choose another place"
     return None

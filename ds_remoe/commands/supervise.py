@@ -112,7 +112,7 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     if arguments.run_dir is None and not _values(arguments.command, "--config"):
         return "the command has no --config FILE, so --run-dir DIR must say where the run keeps its checkpoints"
     if shutil.which(arguments.command[0]) is None:
-        return f"{arguments.command[0]}: is no command that can be run; give its path, or start a script with bash"
+        return f"COMMAND {arguments.command[0]!r}: cannot be run; give its path, or start a script with bash"
     resume = _values(arguments.command, "--resume")
     if arguments.max_restarts > 0 and resume and resume[-1] != "auto":
         return f"--resume {resume[-1]}: each restart would go back to it; leave it out, which continues by itself"

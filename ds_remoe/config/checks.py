@@ -56,6 +56,7 @@ def check_run(
     return [
         *problems,
         *checks_optimizer.check_scheduler(clean, remoe.train.steps),
+        *checks_engine.check_expert_gradients(clean, remoe.moe),
         *checks_engine.check_double_logging(clean, remoe.logging),
         *check_model(remoe.model),
         *check_moe(remoe, world_size),

@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_remoe.config.batch import ACCUMULATION, MICRO, TRAIN, derive_batch_sizes
 from ds_remoe.config.problems import MISSING, ConfigProblem
-from ds_remoe.config.schema import LoggingConfig
+from ds_remoe.config.schema import LoggingConfig, MoEConfig
 
 _GRADIENT_CLIPPING_DEFAULT = 1.0
 
@@ -61,12 +61,6 @@ def check_zero(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
     if zero.get("compute_grad_norm") is False:
         remedy = "clipping and the log of each step need the gradient norm; remove it"
         yield ConfigProblem("zero_optimization.compute_grad_norm", False, remedy)
-    if stage == 2 and zero.get("contiguous_gradients") is False:
-        remedy = "DeepSpeed needs contiguous gradients for experts at stage 2; remove it"
-        yield ConfigProblem("zero_optimization.contiguous_gradients", False, remedy)
-    if stage in (1, 2) and zero.get("reduce_scatter") is False:
-        remedy = "DeepSpeed needs it for experts at stages 1 and 2; remove it"
-        yield ConfigProblem("zero_optimization.reduce_scatter", False, remedy)
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(name, 1) <= 0:
             yield ConfigProblem(f"zero_optimization.{name}", zero[name], "must be positive")
@@ -81,6 +75,20 @@ def check_zero(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
     if offload.get("ratio", 1.0) != 1.0:
         remedy = "partial offload needs stage 3, which has no native MoE layers; remove it"
         yield ConfigProblem("zero_optimization.offload_optimizer.ratio", offload["ratio"], remedy)
+
+
+def check_expert_gradients(clean: Mapping[str, Any], moe: MoEConfig) -> Iterator[ConfigProblem]:
+    """Gradients are reduced in the ways that DeepSpeed has for experts."""
+    zero, stage = clean.get("zero_optimization", {}), zero_stage(clean)
+    if moe.router == "dense":
+        return
+    offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
+    if stage == 2 and zero.get("contiguous_gradients") is False and not offloads:
+        remedy = "DeepSpeed needs contiguous gradients for experts at stage 2; remove it"
+        yield ConfigProblem("zero_optimization.contiguous_gradients", False, remedy)
+    if stage in (1, 2) and zero.get("reduce_scatter") is False:
+        remedy = "DeepSpeed needs it for experts at stages 1 and 2; remove it"
+        yield ConfigProblem("zero_optimization.reduce_scatter", False, remedy)
 
 
 def check_precision(clean: Mapping[str, Any], accelerator: str | None) -> Iterator[ConfigProblem]:
@@ -136,7 +144,7 @@ def check_values(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
     for field, section, key, allowed in choices:
         if key in section and section[key].lower() not in allowed:
             yield ConfigProblem(field, section[key], f"must be one of {', '.join(allowed)}")
-    if zero_stage(clean) == 2:
+    if zero_stage(clean) == 2 and clean.get("zero_optimization", {}).get("reduce_scatter") is not False:
         remedy = "DeepSpeed has it at stages 0 and 1 alone; remove it, or set zero_optimization.stage to 1"
         for key, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
             if clean.get(key, neutral) != neutral:

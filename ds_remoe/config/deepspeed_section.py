@@ -129,7 +129,8 @@ def _check_scheduler(clean: dict[str, Any]) -> list[ConfigProblem]:
     """Check "scheduler", replacing it in `clean` by its valid part."""
     if "scheduler" not in clean:
         return []
-    section, problems = _check_object("scheduler", clean["scheduler"], {"type": "string", "params": "object"}, {})
+    given = clean["scheduler"]
+    section, problems = _check_object("scheduler", given, {"type": "string", "params": "object"}, {})
     clean["scheduler"] = section
     kind = section.get("type")
     if kind is None:
@@ -139,11 +140,11 @@ def _check_scheduler(clean: dict[str, Any]) -> list[ConfigProblem]:
     if kind not in keys.SCHEDULERS:
         remedy = f"not a schedule of {keys.RELEASE}; {suggestion(kind, keys.SCHEDULERS)}"
         return [*problems, ConfigProblem("scheduler.type", kind, remedy)]
-    given = section.get("params", {})
-    if "params" not in section:
+    params = section.get("params", {})
+    if "params" not in given:
         problems.append(ConfigProblem("scheduler.params", MISSING, "DeepSpeed fails without it; {} takes its defaults"))
-    section["params"], found = _check_object("scheduler.params", given, keys.SCHEDULERS[kind], {})
+    section["params"], found = _check_object("scheduler.params", params, keys.SCHEDULERS[kind], {})
     for name in keys.SCHEDULER_REQUIRED.get(kind, ()):
-        if name not in given:
+        if name not in params:
             found.append(ConfigProblem(f"scheduler.params.{name}", MISSING, f"{kind} needs it"))
     return problems + found

@@ -93,7 +93,8 @@ class Supervisor:
         SIGTERM and SIGINT are passed on to the ranks, which save; a second SIGINT kills them.
 
         Returns:
-            0: done, or stopped when asked and saved. 2: refused as configured. 1: given up, or stopped without a save.
+            0: done, or stopped when asked and saved. 2: refused as configured. 1: given up, or stopped without a save
+            or while a failed run waited for its restart.
         """
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._remember)

@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 IGNORED_LABEL = -100
-RANGE = "ds_remoe head loss"
-"""What of the loss is no matrix product stands under this name in a profile."""
+LOSS_RANGE = "ds_remoe head loss"
+"""The name in a profile of the loss past its matrix products."""
 
 BLOCK_LOGITS = 2**26
 """Logits of a block: they keep a GPU busy, and the head's gradient is seldom added to."""
-LEAST_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 8192
+LEAST_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 2048
 """With fewer the GEMMs mostly wait for the head's weights; with more a block's gradient could exceed fp16."""
 
 
@@ -106,7 +106,7 @@ def _block_loss(
     logits: Tensor, labels: Tensor, valid: Tensor, wide: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The summed loss and its gradient by the logits, which takes their place."""
-    with record_function(RANGE):
+    with record_function(LOSS_RANGE):
         label = labels.masked_fill(~valid, 0).unsqueeze(1)
         log_probs = torch.log_softmax(logits, dim=1, dtype=wide)
         loss = torch.where(valid, -log_probs.gather(1, label).squeeze(1), 0).sum()

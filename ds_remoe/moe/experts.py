@@ -139,12 +139,12 @@ class StackedSwiGLU(nn.Module):
             targets[f"{prefix}{i}.{UP}"] = self.gate_up[i, width:]
             targets[f"{prefix}{i}.{DOWN}"] = self.down[i]
         for name, target in targets.items():
-            if target.is_meta:
+            if name not in state_dict:
+                missing_keys.append(name)
+            elif target.is_meta:
                 error_msgs.append(
                     f"{name}: stacked experts on the meta device take no weights; call to_empty(device=...) before"
                 )
-            elif name not in state_dict:
-                missing_keys.append(name)
             elif state_dict[name].shape != target.shape:
                 error_msgs.append(
                     f"size mismatch for {name}: the checkpoint has {tuple(state_dict[name].shape)}, "

@@ -130,7 +130,7 @@ class MoE(DeepSpeedMoE):
         self.hierarchical_all_to_all = hierarchical_all_to_all
         experts = _build_experts(expert, hidden_size, self.num_local_experts)
         self.deepspeed_moe = RoutedExperts(gate, experts, activation_budget, _WIRE_DTYPES[wire_dtype])
-        self.mark_experts()
+        mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
         if expert_init == "redraw":
             # From the global generator, so that the layers of a model differ and equally seeded ranks agree.
             self._init_experts(std=None, seed=int(torch.randint(2**62, (), device="cpu")))
@@ -138,13 +138,13 @@ class MoE(DeepSpeedMoE):
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
 
-    def mark_experts(self) -> None:
-        """Have DeepSpeed reduce the experts over their own group; a deep copy loses these marks of parameters."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's experts are marked again, as deepcopy drops the attributes of parameters."""
+        super().__setstate__(state)
         mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Make or find the process groups; the engine calls this on every rank."""
-        self.mark_experts()
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         if self.hierarchical_all_to_all:
             assert self.deepspeed_moe.ep_group is not None

@@ -25,7 +25,6 @@ from ds_remoe.deepspeed_compat import (
 )
 from ds_remoe.deepspeed_gradients import keep_gradients_flat
 from ds_remoe.deepspeed_loss_scale import scale_loss_at_stage_0
-from ds_remoe.moe.layer import MoE
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.sparsity import SparsityController, find_routers
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, connect_all
@@ -121,9 +120,6 @@ def initialize(
     given = config if config is not None else config_params
     if given is None:
         given = getattr(args, "deepspeed_config", None)
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.mark_experts()
     state = RoutingState(model, _sparsity_config(given))
     results = deepspeed.initialize(
         args=args,

@@ -42,4 +42,4 @@ def outlast_readers() -> None:
 def _lasting(stream: TextIO) -> TextIO:
     stream.flush()
     output = io.BufferedWriter(LastingOutput(stream.fileno()))
-    return io.TextIOWrapper(output, encoding=stream.encoding, errors="replace", line_buffering=True)
+    return io.TextIOWrapper(output, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
