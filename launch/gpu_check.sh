@@ -15,7 +15,7 @@ if [[ -e "$folder" ]]; then
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if ! python3 -c 'import datasets, deepspeed, pydantic, pytest, sentencepiece, triton' >/dev/null 2>&1; then
-    bash launch/setup.sh dev || exit 1
+    bash launch/setup.sh rivals || exit 1
     export PATH="$PWD/.venv/bin:$PATH"
 fi
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())') || exit 1

@@ -3,6 +3,7 @@
 #
 #   bash launch/setup.sh        what training needs
 #   bash launch/setup.sh dev    and the tools of launch/test.sh
+#   bash launch/setup.sh rivals and, for a GPU with nvcc, scattermoe and megablocks, which `ds-remoe bench layer` times
 #
 # Returns at once when that was done before and neither pyproject.toml nor constraints.txt has changed since.
 # PYTHON=/path/to/python chooses the interpreter, which must be 3.11 or newer.
@@ -16,7 +17,10 @@ stamp="$venv/.ds_remoe_setup"
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-[[ -z "$extra" || "$extra" == dev ]] || die "unknown argument '$extra'; give 'dev' or nothing"
+case "$extra" in
+    '' | dev | rivals) ;;
+    *) die "unknown argument '$extra'; give 'dev', 'rivals' or nothing" ;;
+esac
 
 find_python() {
     local candidate
@@ -56,9 +60,10 @@ print(digest.hexdigest())
 PY
 )"
 installed="$(cat "$stamp" 2>/dev/null || true)"
-if [[ "$installed" == "$state dev" || "$installed" == "$state $extra" ]]; then
-    exit 0
-fi
+case "$installed" in
+    "$state rivals" | "$state $extra") exit 0 ;;
+    "$state dev") [[ "$extra" == rivals ]] || exit 0 ;;
+esac
 
 # On Linux, PyPI's torch brings gigabytes of CUDA libraries; a machine without a GPU takes torch's CPU build instead.
 torch_cpu=https://download.pytorch.org/whl/cpu
@@ -69,12 +74,33 @@ if [[ "$(uname -s)" == Linux ]] && ! command -v nvidia-smi >/dev/null 2>&1 &&
     index=(--extra-index-url "$torch_cpu")
 fi
 
+pip_install() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" >>"$venv/pip.log" 2>&1
+}
+ds_remoe=(${index[@]+"${index[@]}"} --constraint "$root/launch/constraints.txt" --editable)
+
 say "installing ds_remoe${extra:+ and its $extra tools} (some minutes the first time)"
-rm -f "$stamp"
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off ${index[@]+"${index[@]}"} \
-    --constraint "$root/launch/constraints.txt" --editable "$root${extra:+[$extra]}" >"$venv/pip.log" 2>&1; then
+rm -f "$stamp" "$venv/pip.log"
+tools="${extra/rivals/dev}"
+if ! pip_install "${ds_remoe[@]}" "$root${tools:+[$tools]}"; then
     tail -n 20 "$venv/pip.log" >&2
     die "pip could not install the packages; all of its output is in $venv/pip.log"
+fi
+
+# A rival that cannot be had is no reason to go without the rest; the next call tries again.
+left_out() {
+    say "$1 is left out: $2"
+    extra=dev
+}
+if [[ "$extra" == rivals ]]; then
+    pip_install "${ds_remoe[@]}" "${root}[dev,rivals]" || left_out scattermoe "pip could not install it, see $venv/pip.log"
+    if ! "$venv/bin/python" -c 'import sys, torch, torch.utils.cpp_extension as cpp
+sys.exit(not (torch.cuda.is_available() and cpp.CUDA_HOME))'; then
+        left_out megablocks "it is compiled here, which needs a GPU, torch's CUDA build and nvcc"
+    # Without their pins, and compiled against the torch that is here.
+    elif ! pip_install --no-deps --no-build-isolation stanford-stk==0.7.1 grouped_gemm==0.3.0 megablocks==0.10.0; then
+        left_out megablocks "pip could not install it, see $venv/pip.log"
+    fi
 fi
 printf '%s %s\n' "$state" "$extra" >"$stamp"
 say "done: $("$venv/bin/python" -c 'from importlib.metadata import version as v

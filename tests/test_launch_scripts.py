@@ -49,6 +49,12 @@ def test_gpu_check_overwrites_nothing_and_needs_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_setup_knows_its_tools() -> None:
+    done = subprocess.run(["bash", "launch/setup.sh", "rival"], cwd=LAUNCH.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "unknown argument 'rival'; give 'dev', 'rivals' or nothing" in done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_shell_understands(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """MoE layers of other packages, on a GPU where they are installed: scattermoe and megablocks.
 
-Both take the same number of experts for every token.
+`bash launch/setup.sh rivals` installs them. Both take the same number of experts for every token.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MegaBlocks(Rival):
         super().__init__(case)
         k = _fixed_k("megablocks", case)
         if importlib.util.find_spec("grouped_gemm") is None:
-            raise LeftOut("megablocks' grouped_gemm is not installed")
+            raise LeftOut("its grouped_gemm is not installed (bash launch/setup.sh rivals)")
         settings = importlib.import_module("megablocks.layers.arguments").Arguments(
             hidden_size=case.workload.hidden_size,
             ffn_hidden_size=case.width,
@@ -87,7 +87,7 @@ def _fixed_k(package: str, case: Case) -> int:
     if not case.x_TD.is_cuda:
         raise LeftOut("it runs on a GPU only")
     if importlib.util.find_spec(package) is None:
-        raise LeftOut("it is not installed")
+        raise LeftOut("it is not installed (bash launch/setup.sh rivals)")
     if case.workload.fixed_k is None:
         raise LeftOut("it needs the same number of experts for every token")
     return case.workload.fixed_k
