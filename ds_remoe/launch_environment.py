@@ -31,6 +31,26 @@ def ranks_per_node() -> int | None:
     return None
 
 
+def launched_ranks() -> int:
+    """Ranks of the run, as WORLD_SIZE says; 1 where no launcher has set it.
+
+    Raises:
+        ValueError: WORLD_SIZE, RANK, LOCAL_RANK or the ranks of this machine are no whole numbers, or RANK is none of
+            the run's.
+    """
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = os.environ.get(name, "1")
+        if not text.isdecimal():
+            raise ValueError(
+                f"{name} = {text!r} (environment): must be a whole number; launchers set it, unset it here"
+            )
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if rank >= world_size:
+        raise ValueError(f"RANK = {rank} (environment): must be less than WORLD_SIZE = {world_size}")
+    ranks_per_node()
+    return world_size
+
+
 def start_alone() -> None:
     """Be the one rank of a run where no launcher says otherwise, as with `python -m ds_remoe.train`."""
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or any(os.environ.get(n, "1") != "1" for n in _TASKS_OF_OTHERS):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import NoReturn
 
 from ds_remoe.config import load_run_or_exit
 from ds_remoe.config.leave import GRACE_SECONDS, WRONG_INPUT, leave
-from ds_remoe.launch_environment import start_alone
+from ds_remoe.launch_environment import launched_ranks, start_alone
 from ds_remoe.launching.launcher_watch import stop_without_launcher
 from ds_remoe.process_exit import run_and_exit
 
@@ -31,6 +32,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def accelerator_or_exit() -> str:
+    """DeepSpeed's name of the device that this rank trains on; every rank exits with code 2 where torch has none."""
+    asked = os.environ.get("DS_ACCELERATOR")
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+    except ValueError as error:
+        if asked is None:
+            raise
+        leave(f"DS_ACCELERATOR = {asked!r} (environment): {error}")
+    if not accelerator.is_available():
+        leave(
+            f"DS_ACCELERATOR = {asked!r} (environment): torch finds no such device here; set it to cpu, unset it, or "
+            "install torch's build for the device and its driver"
+        )
+    return str(accelerator._name)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train, and return 0.
 
@@ -39,15 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse_arguments(arguments)
     start_alone()
+    try:
+        world_size = launched_ranks()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return WRONG_INPUT
     stop_without_launcher()
-    from deepspeed.accelerator import get_accelerator
-
-    run = load_run_or_exit(
-        options.config,
-        options.set,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        accelerator=get_accelerator()._name,
-    )
+    run = load_run_or_exit(options.config, options.set, world_size=world_size, accelerator=accelerator_or_exit())
     from ds_remoe.data.documents import DataError
     from ds_remoe.training import runtime
     from ds_remoe.training.guard import TrainingStoppedError

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ds_remoe.config import ConfigError, ConfigProblem, load_run
@@ -249,11 +250,34 @@ CASES: dict[str, Case] = {
         True,
         "needs ZeRO",
     ),
+    "bf16 master weights on the device": (
+        ['bf16={"enabled": true, "bf16_master_weights_and_grads": true}'],
+        "bf16.bf16_master_weights_and_grads",
+        True,
+        "or (without offloading) bf16.bf16_optimizer_states to true",
+    ),
+    "bf16 master weights, offloaded, torch's Adam": (
+        [
+            'bf16={"enabled": true, "bf16_master_weights_and_grads": true, "bf16_optimizer_states": true}',
+            "zero_optimization.offload_optimizer.device=cpu",
+        ],
+        "bf16.bf16_master_weights_and_grads",
+        True,
+        "optimizer.params.torch_adam to false",
+    ),
+    "fp16 master weights": (
+        ['fp16={"enabled": true, "fp16_master_weights_and_grads": true}'],
+        "fp16.fp16_master_weights_and_grads",
+        True,
+        "torch_adam to false, or remove it",
+    ),
     "no optimizer": (["optimizer=null"], "optimizer", MISSING, '"type": "AdamW"'),
     "optimizer type": (["optimizer.type=AdamZ"], "optimizer.type", "AdamZ", "did you mean Adam"),
     "optimizer type missing": (["optimizer.type=null"], "optimizer.type", MISSING, "one of Adam, AdamW"),
     "no learning rate": (["optimizer.params.lr=null"], "optimizer.params.lr", MISSING, "required"),
-    "learning rate": (["optimizer.params.lr=0"], "optimizer.params.lr", 0, "must be positive"),
+    "learning rate": (["optimizer.params.lr=0"], "optimizer.params.lr", 0, "must be above 0"),
+    "learning rate past all use": (["optimizer.params.lr=1e300"], "optimizer.params.lr", 1e300, "at most 1"),
+    "uphill": (["optimizer.params.maximize=true"], "optimizer.params.maximize", True, "make the loss grow"),
     "betas": (["optimizer.params.betas=[0.9, 1.0]"], "optimizer.params.betas", [0.9, 1.0], "two numbers in [0, 1)"),
     "L2 with AdamW": (
         ["optimizer.params.adam_w_mode=false"],
@@ -298,6 +322,54 @@ CASES: dict[str, Case] = {
         "scheduler.params.warmup_max_lr",
         MISSING,
         "peak at 0.001",
+    ),
+    "cycle overrules": (
+        ['scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 0.1}}'],
+        "scheduler.params.cycle_max_lr",
+        0.1,
+        "optimizer.params.lr = 0.002",
+    ),
+    "cycle of the momentum": (
+        ['scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 0.002}}'],
+        "scheduler.params.cycle_momentum",
+        MISSING,
+        "over optimizer.params.betas",
+    ),
+    "cycle upside down": (
+        ['scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 1, "cycle_max_lr": 0.002}}'],
+        "scheduler.params.cycle_min_lr",
+        1,
+        "cycle_max_lr = 0.002",
+    ),
+    "cycle of no steps": (
+        ['scheduler={"type": "OneCycle", "params": {"cycle_first_step_size": 0}}'],
+        "scheduler.params.cycle_first_step_size",
+        0,
+        "at least 1",
+    ),
+    "momentum": (
+        ['scheduler={"type": "OneCycle", "params": {"cycle_momentum": true, "cycle_max_mom": 1}}'],
+        "scheduler.params.cycle_max_mom",
+        1,
+        "in [0, 1)",
+    ),
+    "range test overrules": (
+        ['scheduler={"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-6}}'],
+        "scheduler.params.lr_range_test_min_lr",
+        1e-6,
+        "optimizer.params.lr = 0.002",
+    ),
+    "range test overrules unseen": (
+        ['scheduler={"type": "LRRangeTest", "params": {}}'],
+        "scheduler.params.lr_range_test_min_lr",
+        MISSING,
+        "begin at 0.001",
+    ),
+    "range test of no steps": (
+        ['scheduler={"type": "LRRangeTest", "params": {"lr_range_test_step_size": 0}}'],
+        "scheduler.params.lr_range_test_step_size",
+        0,
+        "at least 1",
     ),
     "elasticity": (["elasticity.enabled=true"], "elasticity", {"enabled": True}, "removed from DeepSpeed"),
     "pipeline": (["pipeline.stages=2"], "pipeline", {"stages": 2}, "not supported"),
@@ -466,6 +538,17 @@ def test_deepspeeds_adam_needs_a_compiler(
     assert "set it to true" in str(error)
 
 
+@pytest.mark.parametrize(("monitor", "package"), [("tensorboard", "tensorboard"), ("comet", "comet_ml")])
+def test_a_monitor_needs_its_package(monkeypatch: pytest.MonkeyPatch, monitor: str, package: str) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: there("json" if name == package else name))
+    load_run(QUICKSTART, [f"{monitor}.enabled=true"], world_size=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else there(name))
+    (problem,) = problems_of([f"{monitor}.enabled=true"]).problems
+    assert (problem.field, problem.remedy.split("; ")[1]) == (f"{monitor}.enabled", f"pip install {package}")
+    load_run(QUICKSTART, [f"{monitor}.enabled=false"], world_size=2)
+
+
 def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     error = problems_of([f"remoe.train.output_dir={tmp_path}/a/b", f"remoe.data.cache_dir={tmp_path}"])
@@ -496,8 +579,29 @@ PATHS = [
     "checkpoint.tag_validation",
     "wandb",
     "timers.throughput",
+    "scheduler.params.cycle_min_lr",
+    "scheduler.params.cycle_max_mom",
+    "scheduler.params.lr_range_test_step_size",
 ]
-JUNK = [0, -1, 7, 1.5, 1e30, True, False, "x", "auto", [], [1], {}, {"enabled": 1}, {"type": []}]
+JUNK = [
+    0,
+    -1,
+    7,
+    1.5,
+    1e30,
+    10**400,
+    True,
+    False,
+    "x",
+    "OneCycle",
+    "LRRangeTest",
+    "auto",
+    [],
+    [1],
+    {},
+    {"enabled": 1},
+    {"type": []},
+]
 
 
 def _load_or_refuse(junk: dict[str, Any], world_size: int | None) -> None:
@@ -517,6 +621,7 @@ def test_junk_is_refused_or_allowed_but_never_crashes(path: str) -> None:
     st.dictionaries(st.sampled_from(PATHS), st.sampled_from(JUNK), min_size=2, max_size=4),
     st.none() | st.integers(1, 8),
 )
+@example({"optimizer.type": "x", "optimizer.params.lr": "x"}, None)
 def test_junk_in_several_places_never_crashes(junk: dict[str, Any], world_size: int | None) -> None:
     _load_or_refuse(junk, world_size)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_remoe.config import checks_engine, checks_optimizer
+from ds_remoe.config import checks_engine, checks_optimizer, checks_scheduler
 from ds_remoe.config.problems import MISSING, ConfigProblem
 from ds_remoe.config.schema import (
     DataConfig,
@@ -49,13 +49,14 @@ def check_run(
         *checks_engine.check_zero(clean),
         *checks_engine.check_precision(clean, accelerator),
         *checks_engine.check_values(clean),
+        *checks_engine.check_monitors(clean),
         *checks_optimizer.check_optimizer(clean, given, accelerator),
     ]
     if remoe is None:
         return problems
     return [
         *problems,
-        *checks_optimizer.check_scheduler(clean, remoe.train.steps),
+        *checks_scheduler.check_scheduler(clean, remoe.train.steps),
         *checks_engine.check_expert_gradients(clean, remoe.moe),
         *checks_engine.check_double_logging(clean, remoe.logging),
         *check_model(remoe.model),
@@ -123,7 +124,11 @@ def _check_exchange(moe: MoEConfig) -> Iterator[ConfigProblem]:
             yield ConfigProblem("remoe.moe.wire_dtype", moe.wire_dtype, remedy)
         if moe.hierarchical_all_to_all:
             yield ConfigProblem("remoe.moe.hierarchical_all_to_all", True, remedy)
-    per_node = ranks_per_node() if moe.hierarchical_all_to_all else None
+    try:
+        per_node = ranks_per_node() if moe.hierarchical_all_to_all else None
+    except ValueError as error:
+        yield ConfigProblem("remoe.moe.hierarchical_all_to_all", True, str(error))
+        return
     if per_node is not None and per_node % moe.ep_size and moe.ep_size % per_node:
         remedy = (
             f"nodes of {per_node} ranks (LOCAL_WORLD_SIZE or LOCAL_SIZE) cut groups of ep_size = {moe.ep_size} "

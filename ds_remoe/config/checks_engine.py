@@ -5,6 +5,7 @@ The facts are those of DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -102,9 +103,21 @@ def check_precision(clean: Mapping[str, Any], accelerator: str | None) -> Iterat
     if fp16.get("enabled") and accelerator == "cpu":
         remedy = 'DeepSpeed refuses fp16 on the CPU; use "bf16": {"enabled": true}, or leave both out for fp32'
         yield ConfigProblem("fp16.enabled", True, remedy)
+    offloads = clean.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
+    cpu_adam = offloads and not clean.get("optimizer", {}).get("params", {}).get("torch_adam")
     for field, section in (("bf16.bf16_master_weights_and_grads", bf16), ("fp16.fp16_master_weights_and_grads", fp16)):
-        if section.get(field.split(".")[1]) and stage == 0:
+        if not section.get(field.split(".")[1]):
+            continue
+        on_device = section is bf16 and bf16.get("bf16_optimizer_states") and not offloads
+        if stage == 0:
             yield ConfigProblem(field, True, "needs ZeRO; set zero_optimization.stage to 1 or 2, or remove it")
+        elif not cpu_adam and not on_device:
+            other = " or (without offloading) bf16.bf16_optimizer_states to true," if section is bf16 else ""
+            remedy = (
+                'needs DeepSpeed\'s CPU Adam: set zero_optimization.offload_optimizer to {"device": "cpu"} and '
+                f"optimizer.params.torch_adam to false,{other} or remove it"
+            )
+            yield ConfigProblem(field, True, remedy)
     if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
         yield ConfigProblem("bf16.bf16_optimizer_states", True, "needs bf16.bf16_master_weights_and_grads: true")
     if fp16.get("loss_scale", 0) < 0:
@@ -112,6 +125,13 @@ def check_precision(clean: Mapping[str, Any], accelerator: str | None) -> Iterat
     for name in ("loss_scale_window", "min_loss_scale"):
         if fp16.get(name, 1) <= 0:
             yield ConfigProblem(f"fp16.{name}", fp16[name], "must be positive")
+
+
+def check_monitors(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
+    """What DeepSpeed's monitors import is installed."""
+    for name, package in (("tensorboard", "tensorboard"), ("comet", "comet_ml")):
+        if clean.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            yield ConfigProblem(f"{name}.enabled", True, f"there is no package {package} here; pip install {package}")
 
 
 def check_double_logging(clean: Mapping[str, Any], logging: LoggingConfig) -> Iterator[ConfigProblem]:

@@ -109,7 +109,7 @@ def _check_optimizer(clean: dict[str, Any]) -> list[ConfigProblem]:
         return []
     section, problems = _check_object("optimizer", clean["optimizer"], {"type": "string", "params": "object"}, {})
     clean["optimizer"] = section
-    kind = section.get("type")
+    kind, params = section.get("type"), section.pop("params", {})  # what is right there depends on the type
     if kind is None:
         if not problems:
             problems.append(ConfigProblem("optimizer.type", MISSING, f"one of {', '.join(keys.OPTIMIZERS)}"))
@@ -118,7 +118,6 @@ def _check_optimizer(clean: dict[str, Any]) -> list[ConfigProblem]:
         remedy = f"not an optimizer of ds_remoe ({', '.join(keys.OPTIMIZERS)}); {suggestion(kind, keys.OPTIMIZERS)}"
         return [*problems, ConfigProblem("optimizer.type", kind, remedy)]
     offload = clean.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    params = section.get("params", {})
     known = keys.optimizer_params(torch_adam=params.get("torch_adam") is True, offload=offload)
     refused = {"max_grad_norm": "DeepSpeed reads the top-level gradient_clipping instead; move it there"}
     section["params"], found = _check_object("optimizer.params", params, known, refused)
