@@ -49,7 +49,10 @@ def test_jsonl_parquet_and_text_yield_their_documents(tmp_path: Path) -> None:
     jsonl = write_jsonl(tmp_path / "rows[1].jsonl", ROWS)
     jsonl.write_text(jsonl.read_text() + "\n")
     assert list(read_corpus(files("jsonl", jsonl, domain_column="set"))) == DOCUMENTS
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(jsonl.read_text(), encoding="utf-8-sig")
+    assert list(read_corpus(files("jsonl", marked, domain_column="set"))) == DOCUMENTS
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8-sig") as file:
         file.write(jsonl.read_text())
     assert list(read_corpus(files("jsonl", tmp_path / "rows.jsonl.gz", domain_column="set"))) == DOCUMENTS
 
@@ -78,7 +81,9 @@ def test_jsonl_parquet_and_text_yield_their_documents(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"text": \n', {}, ["row 2", "JSON"]),
         ('["text"]\n', {}, ["row 1", "object"]),
         ('{"text": "a\\ud800"}\n', {}, ["row 1, column 'text'", "character 1", "surrogate"]),
-        ('{"text": "\xff"}\n', {}, ["rows.jsonl cannot be read", "utf-8"]),
+        ('{"text": "a"}\r\n\n{"text": "b"}\n{"text": "\xff"}\n', {}, ["rows.jsonl, line 4: byte 0xff", "UTF-8"]),
+        ('{"text": "a"}\n{"text": "\xc3', {}, ["rows.jsonl, line 2: byte 0xc3", "UTF-8"]),
+        ('{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', {}, ["rows.jsonl, row 2", "BOM"]),
     ],
 )
 def test_bad_jsonl_is_refused(tmp_path: Path, content: str, options: dict[str, str], told: list[str]) -> None:
@@ -92,16 +97,18 @@ def test_bad_jsonl_is_refused(tmp_path: Path, content: str, options: dict[str, s
 
 def test_bad_parquet_text_and_paths_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [b"bytes"], "id": [7]}), tmp_path / "rows.parquet")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "latin.txt").write_bytes(b"an\n\xe9t\xe9")
+    (tmp_path / "latin.txt.gz").write_bytes(gzip.compress(b"an\n\xe9t\xe9"))
     cases = [
         (files("parquet", tmp_path / "rows.parquet"), r"rows\.parquet, row 1, column 'text'.*bytes"),
         (files("parquet", tmp_path / "rows.parquet", text_column="id"), "column 'id'.*7.*int"),
         (files("parquet", tmp_path / "rows.parquet", text_column="no"), r"rows\.parquet: there is no column 'no'"),
         (files("parquet", tmp_path / "latin.txt"), r"latin\.txt cannot be read"),
-        (files("text", tmp_path / "latin.txt"), r"latin\.txt cannot be read.*utf-8"),
-        (files("text", tmp_path / "none.txt"), r"data\.source\.paths.*none\.txt"),
-        (files("text", f"{tmp_path}/*.md"), r"data\.source\.paths.*\*\.md"),
-        (files("text", tmp_path), r"data\.source\.paths holds the folder"),
+        (files("text", tmp_path / "latin.txt"), r"latin\.txt, line 2: byte 0xe9 is not UTF-8"),
+        (files("text", tmp_path / "latin.txt.gz"), r"latin\.txt\.gz, line 2: byte 0xe9 is not UTF-8"),
+        (files("text", tmp_path / "none.txt"), r"remoe\.data\.source\.paths.*none\.txt"),
+        (files("text", f"{tmp_path}/*.md"), r"remoe\.data\.source\.paths.*\*\.md"),
+        (files("text", tmp_path), r"remoe\.data\.source\.paths holds the folder"),
     ]
     for source, message in cases:
         with pytest.raises(DataError, match=message):
@@ -122,7 +129,7 @@ def test_hub_source_reads_what_load_dataset_takes_as_a_name(
     source = HubSource(type="hub", name=str(folder), streaming=streaming, domain_column="set", max_documents=2)
     assert list(read_corpus(source)) == [Document("a", "s"), Document("b", "s")]
     for change, message in (
-        ({"split": "nope"}, r"data\.source\.name.*nope"),
+        ({"split": "nope"}, r"remoe\.data\.source\.name.*nope"),
         ({"text_column": "body"}, r"no column 'body'"),
         ({"text_column": "id"}, r"row 1, column 'id'.*int"),
     ):
@@ -141,7 +148,9 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"data\.source\.name: the dataset no-such/corpus \(en\), split 'train'.*local"):
+    with pytest.raises(
+        DataError, match=r"remoe\.data\.source\.name: the dataset no-such/corpus \(en\), split 'train'.*local"
+    ):
         list(read_corpus(HubSource(type="hub", name="no-such/corpus", config="en", max_documents=1)))
 
 

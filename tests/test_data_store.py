@@ -157,12 +157,18 @@ def test_too_little_text_is_an_error_that_names_the_fields(tmp_path: Path) -> No
     with written(corpus(), 0.05) as folder:
         tokens = sum(size.tokens for size in read_sizes(folder)["valid"])
         assert len(PackedDataset(folder, "valid", tokens - 1)) == 1
-        message = rf'"valid" split holds {tokens} tokens.*seq_length \+ 1 = {tokens + 1}: raise data\.valid_fraction'
+        message = (
+            rf'"valid" split holds {tokens} tokens.*remoe\.model\.seq_length \+ 1 = {tokens + 1}: '
+            r"raise remoe\.data\.valid_fraction"
+        )
         with pytest.raises(DataError, match=message):
             PackedDataset(folder, "valid", tokens)
     for documents, message in (
-        ([], r"data\.source yields no documents"),
-        ([Document("alone", "text")], r'"valid" split holds none of the 1 documents.*data\.valid_fraction'),
+        ([], r"remoe\.data\.source yields no documents"),
+        (
+            [Document("alone", "text")],
+            r'"valid" split holds none of the 1 documents.*change remoe\.data\.valid_fraction',
+        ),
     ):
         writer = TokenStoreWriter(tmp_path, WITH_BOS)
         for document in documents:

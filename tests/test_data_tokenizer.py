@@ -114,17 +114,19 @@ def test_a_single_large_document_is_cut_between_characters() -> None:
 def test_vocabulary_size_errors_name_the_field_and_the_bound() -> None:
     tiny = TrainingSample(10**6)
     tiny.add(Document("a b c abc abc", "text"))
-    with pytest.raises(DataError, match=r"data\.source: the text is too short .* supports \d+ pieces"):
+    with pytest.raises(DataError, match=r"remoe\.data\.source: the text is too short .* supports \d+ pieces"):
         train_sentencepiece(TrainedTokenizer(vocab_size=600), tiny)
     small = TrainingSample(10**6)
     small.add(Document(" ".join(f"{word}{word[::-1]}" for word in keyword.kwlist * 40 + dir(str) * 40), "text"))
-    with pytest.raises(DataError, match=r"data\.tokenizer\.vocab_size is 5000, but the text supports at most \d+"):
+    with pytest.raises(
+        DataError, match=r"remoe\.data\.tokenizer\.vocab_size is 5000, but the text supports at most \d+"
+    ):
         train_sentencepiece(TrainedTokenizer(vocab_size=5000), small)
     many = TrainingSample(10**6)
     many.add(Document("".join(map(chr, range(0x4E00, 0x5400))), "text"))
-    with pytest.raises(DataError, match=r"data\.tokenizer\.vocab_size is 600, but the characters .* need \d+"):
+    with pytest.raises(DataError, match=r"remoe\.data\.tokenizer\.vocab_size is 600, but the characters .* need \d+"):
         train_sentencepiece(TrainedTokenizer(vocab_size=600), many)
-    with pytest.raises(DataError, match=r"data\.source yields no text"):
+    with pytest.raises(DataError, match=r"remoe\.data\.source yields no text"):
         train_sentencepiece(TrainedTokenizer(vocab_size=600), TrainingSample(1000))
 
 
@@ -196,11 +198,11 @@ def test_unusable_tokenizer_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken").write_text("{}")
     (tmp_path / "no-eos.json").write_text(byte_level_bpe().to_str())
     for kind, name, message in (
-        ("sentencepiece", "none.model", r"data\.tokenizer\.path: there is no file"),
+        ("sentencepiece", "none.model", r"remoe\.data\.tokenizer\.path: there is no file"),
         ("sentencepiece", "broken", "not a SentencePiece model"),
         ("huggingface", "broken", "not a Hugging Face tokenizer"),
         ("huggingface", "no-eos.json", "no end-of-text token"),
-        ("huggingface", "", r"data\.tokenizer\.path: there is no file .*tokenizer\.json"),
+        ("huggingface", "", r"remoe\.data\.tokenizer\.path: there is no file .*tokenizer\.json"),
     ):
         with pytest.raises(DataError, match=message):
             load_tokenizer(tmp_path / name, kind)

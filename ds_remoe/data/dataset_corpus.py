@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ def source_files(source: FilesSource) -> list[Path]:
     for pattern in source.paths:
         if Path(pattern).is_dir():
             raise DataError(
-                f"data.source.paths holds the folder {pattern!r}; name files or a pattern, such as {pattern}/*"
+                f"remoe.data.source.paths holds the folder {pattern!r}; name files or a pattern, such as "
+                f"{os.path.join(pattern, '*')}"
             )
         matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise DataError(
-                f"data.source.paths: {pattern!r} matches no file (read from {Path.cwd()}); correct or remove it"
+                f"remoe.data.source.paths: {pattern!r} matches no file (read from {Path.cwd()}); correct or remove it"
             )
         for file in files:
             found.setdefault(file.resolve(), file)
@@ -47,7 +49,8 @@ def read_files(source: FilesSource) -> Iterator[Document]:
     """Documents of local files, in the order of `source_files` and of the rows in each.
 
     A text file is one document, its line ends read as "\\n". A JSONL file has one object a line; blank lines are no
-    rows. Compressed JSONL and text (.gz, .bz2, .xz, .zst) is unpacked while it is read.
+    documents, and a byte order mark is read over. Compressed JSONL and text (.gz, .bz2, .xz, .zst) is unpacked while it
+    is read.
 
     Raises: DataError: naming path, column and row, when a file cannot be decoded, lacks a column, or holds a text or
         domain that is not a string.
@@ -59,7 +62,7 @@ def read_files(source: FilesSource) -> Iterator[Document]:
             # datasets takes every path for a pattern: a file named a[1].txt would otherwise silently match nothing.
             literal = glob.escape(str(path.absolute()))
             if source.type == "text":
-                with _reading(path):
+                with _reading_text(path):
                     texts = [
                         row["text"]
                         for row in IterableDataset.from_text(literal, cache_dir=cache_dir, sample_by="document")
@@ -80,7 +83,7 @@ def read_hub(source: HubSource) -> Iterator[Document]:
 
     With `streaming`, rows are fetched while they are read; at most `max_documents` are taken.
 
-    Raises: DataError: naming data.source.name, when the dataset cannot be reached or lacks the split, the
+    Raises: DataError: naming remoe.data.source.name, when the dataset cannot be reached or lacks the split, the
         configuration or a column; naming the row when a text or domain is not a string.
     """
     from datasets import load_dataset
@@ -120,8 +123,8 @@ def _require_columns(where: str, present: Iterable[str], wanted: list[str]) -> N
     missing = [column for column in wanted if column not in present]
     if missing:
         raise DataError(
-            f"{where}: there is no column {missing[0]!r}, only {sorted(present)}; set data.source.text_column and "
-            "data.source.domain_column to columns that exist"
+            f"{where}: there is no column {missing[0]!r}, only {sorted(present)}; set "
+            "remoe.data.source.text_column and remoe.data.source.domain_column to columns that exist"
         )
 
 
@@ -138,18 +141,19 @@ def _json_rows(path: Path, lines: Iterable[dict[str, str]]) -> Iterator[tuple[in
     # Read as lines and parsed here: the reader for JSON casts a column to the type of the first rows it saw.
     iterator = enumerate(lines, start=1)
     while True:
-        with _reading(path):
+        with _reading_text(path):
             number, line = next(iterator, (0, {"text": ""}))
         if number == 0:
             return
-        if not line["text"].strip():
+        text = line["text"].removeprefix("\ufeff") if number == 1 else line["text"]
+        if not text.strip():
             continue
         try:
-            row = json.loads(line["text"])
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, row {number}: not a line of JSON: {error}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: expected a JSON object, found {line['text']!r:.80}")
+            raise DataError(f"{path}, row {number}: expected a JSON object, found {text!r:.80}")
         yield number, row
 
 
@@ -193,13 +197,39 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _reading_text(path: Path) -> Iterator[None]:
+    """As `_reading`, and name the line of a byte that is not UTF-8, where a reader knows its place in a chunk."""
+    with _reading(path):
+        try:
+            yield
+        except UnicodeDecodeError:
+            _refuse_wrong_byte(path)
+            raise
+
+
+def _refuse_wrong_byte(path: Path) -> None:
+    from fsspec import open as open_unpacked
+
+    # Latin-1 keeps every byte and cuts lines where UTF-8 does.
+    with open_unpacked(str(path.absolute()), "rt", compression="infer", encoding="latin-1") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.encode("latin-1").decode()
+            except UnicodeDecodeError as error:
+                wrong = error.object[error.start]
+                raise DataError(
+                    f"{path}, line {number}: byte {wrong:#04x} is not UTF-8; save the file as UTF-8"
+                ) from None
+
+
+@contextmanager
 def _reaching(source: HubSource, label: str) -> Iterator[None]:
     """Turn the many ways in which a dataset cannot be had (network, name, split, format) into one error."""
     try:
         yield
     except Exception as error:
         raise DataError(
-            f"data.source.name: the dataset {label}, split {source.split!r}, cannot be loaded: "
+            f"remoe.data.source.name: the dataset {label}, split {source.split!r}, cannot be loaded: "
             f"{type(error).__name__}: {error}. Check name, config and split, that this machine reaches the hub and "
             "that it may read the dataset (HF_TOKEN); without a network, use a source of local files"
         ) from error

@@ -48,9 +48,9 @@ class PreparedData:
 def prepare(data: DataConfig, seq_length: int, *, progress: bool) -> PreparedData:
     """Tokenise the corpus unless that was done before, and open the result.
 
-    Call it on every rank: of all processes that share data.cache_dir, one prepares while the others wait for its file
-    lock. The folder appears under its name when it is complete and on the disk, so a killed preparation leaves nothing
-    but a ".partial" folder that the next one removes. A trained tokenizer makes it read the source twice.
+    Call it on every rank: of all processes that share remoe.data.cache_dir, one prepares while the others wait for its
+    file lock. The folder appears under its name when it is complete and on the disk, so a killed preparation leaves
+    nothing but a ".partial" folder that the next one removes. A trained tokenizer makes it read the source twice.
 
     Args:
         seq_length: tokens of a sample less one; the store on the disk does not depend on it.
@@ -65,7 +65,7 @@ def prepare(data: DataConfig, seq_length: int, *, progress: bool) -> PreparedDat
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"data.cache_dir = {data.cache_dir!r}: cannot be made ({error})") from error
+            raise DataError(f"remoe.data.cache_dir = {data.cache_dir!r}: cannot be made ({error})") from error
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _build(data, folder, fingerprint, progress)

@@ -89,8 +89,8 @@ def _library_texts() -> Iterator[str]:
     files = _library_files()
     if not files:
         raise DataError(
-            f'data.source.type is "stdlib", but {_stdlib_root()} holds no Python files; use a Python that is installed '
-            'with its library as files, or another source, such as {"type": "text", "paths": [...]}'
+            f'remoe.data.source.type is "stdlib", but {_stdlib_root()} holds no Python files; use a Python that is '
+            'installed with its library as files, or another source, such as {"type": "text", "paths": [...]}'
         )
     yield from map(_read_python, files)
 

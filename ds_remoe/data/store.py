@@ -83,8 +83,8 @@ class TokenStoreWriter:
         domain = self._domain_ids.setdefault(document.domain, len(self._domain_ids))
         if domain >= _MAX_DOMAINS:
             raise DataError(
-                f"data.source.domain_column names more than {_MAX_DOMAINS} domains ({document.domain!r} is one more); "
-                "choose a column of fewer values"
+                f"remoe.data.source.domain_column names more than {_MAX_DOMAINS} domains ({document.domain!r} is one "
+                "more); choose a column of fewer values"
             )
         ids = [*self._prefix, *self._tokenizer.encode(document.text), self._tokenizer.eos_id]
         np.asarray(ids, dtype=self._dtype).tofile(self._file)
@@ -96,11 +96,11 @@ class TokenStoreWriter:
     def finish(self, valid_fraction: float) -> dict[Split, list[DomainSize]]:
         """Write both splits and their sizes, synced to the disk.
 
-        Raises: DataError: naming data.source or data.valid_fraction, when a split would hold no document.
+        Raises: DataError: naming remoe.data.source or remoe.data.valid_fraction, when a split would hold no document.
         """
         self._file.close()
         if not self._lengths:
-            raise DataError("data.source yields no documents")
+            raise DataError("remoe.data.source yields no documents")
         lengths = np.frombuffer(self._lengths, dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         domains = np.frombuffer(self._domains, dtype=np.int16)
@@ -112,8 +112,8 @@ class TokenStoreWriter:
             chosen = np.flatnonzero(held if split == "valid" else ~held)
             if not chosen.size:
                 raise DataError(
-                    f'the "{split}" split holds none of the {len(lengths)} documents that data.source yields: change '
-                    f"data.valid_fraction ({valid_fraction}) or give the corpus as more than one document"
+                    f'the "{split}" split holds none of the {len(lengths)} documents that remoe.data.source yields: '
+                    f"change remoe.data.valid_fraction ({valid_fraction}) or give the corpus as more than one document"
                 )
             self._write_split(split, tokens, starts, chosen, domains[chosen])
             sizes[split] = [
@@ -164,7 +164,8 @@ class PackedDataset:
     is the target of exactly one sample; the fewer than seq_length targets after the last whole sample are not used.
     Samples cross document borders. Lookups read memory-mapped files.
 
-    Raises: DataError: naming data.valid_fraction and model.seq_length, when the split is shorter than one sample.
+    Raises: DataError: naming remoe.data.valid_fraction and remoe.model.seq_length, when the split is shorter than one
+        sample.
     """
 
     def __init__(self, folder: Path, split: Split, seq_length: int) -> None:
@@ -183,8 +184,8 @@ class PackedDataset:
             change = "raise" if split == "valid" else "lower"
             raise DataError(
                 f'the "{split}" split holds {len(self.token_stream)} tokens in {len(self._domains)} documents, fewer '
-                f"than one sample of model.seq_length + 1 = {seq_length + 1}: {change} data.valid_fraction, lower "
-                "model.seq_length, or give more text in data.source"
+                f"than one sample of remoe.model.seq_length + 1 = {seq_length + 1}: {change} "
+                "remoe.data.valid_fraction, lower remoe.model.seq_length, or give more text in remoe.data.source"
             )
 
     def __len__(self) -> int:

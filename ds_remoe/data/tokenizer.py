@@ -200,19 +200,19 @@ def load_tokenizer(path: str | Path, kind: str) -> Tokenizer:
         path: a SentencePiece .model, or a tokenizer.json or the folder that holds one.
         kind: "sentencepiece" or "huggingface".
 
-    Raises: DataError: naming data.tokenizer.path, when there is no such file or it is not such a tokenizer.
+    Raises: DataError: naming remoe.data.tokenizer.path, when there is no such file or it is not such a tokenizer.
     """
     file = Path(path)
     if kind == "huggingface" and file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
-        raise DataError(f"data.tokenizer.path: there is no file {file} (read from {Path.cwd()})")
+        raise DataError(f"remoe.data.tokenizer.path: there is no file {file} (read from {Path.cwd()})")
     if kind == "sentencepiece":
         return SentencePieceTokenizer(file.read_bytes(), f"sentencepiece ({file.name})")
     try:
         return HuggingFaceTokenizer.load(file, f"huggingface ({file})")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"data.tokenizer.path: {file.parent} is not readable as a tokenizer: {error}") from error
+        raise DataError(f"remoe.data.tokenizer.path: {file.parent} is not readable as a tokenizer: {error}") from error
 
 
 def configured_tokenizer(config: FileTokenizer) -> Tokenizer:

@@ -69,14 +69,14 @@ class TrainingSample:
 def train_sentencepiece(config: TrainedTokenizer, sample: TrainingSample) -> SentencePieceTokenizer:
     """Train a BPE model with byte fallback; the same sample gives the same model, byte for byte.
 
-    Raises: DataError: the sample is empty, or its text does not support data.tokenizer.vocab_size pieces.
+    Raises: DataError: the sample is empty, or its text does not support remoe.data.tokenizer.vocab_size pieces.
     """
     from sentencepiece import SentencePieceTrainer
 
     sentences = sample.sentences()
     first = next(sentences, None)
     if first is None:
-        raise DataError('data.tokenizer.type is "train", but data.source yields no text to train on')
+        raise DataError('remoe.data.tokenizer.type is "train", but remoe.data.source yields no text to train on')
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -105,17 +105,17 @@ def _explain(error: RuntimeError, config: TrainedTokenizer) -> DataError:
     if too_big := re.search(r"Please set it to a value <= (\d+)", message):
         if int(too_big[1]) < 512:  # the least that the field takes
             return DataError(
-                f"data.source: the text is too short for a tokenizer; it supports {too_big[1]} pieces, and "
-                "data.tokenizer.vocab_size is at least 512. Give more text"
+                f"remoe.data.source: the text is too short for a tokenizer; it supports {too_big[1]} pieces, and "
+                "remoe.data.tokenizer.vocab_size is at least 512. Give more text"
             )
         return DataError(
-            f"data.tokenizer.vocab_size is {config.vocab_size}, but the text supports at most {too_big[1]} pieces; "
-            f"set it to {too_big[1]} or less, give more text, or raise data.tokenizer.max_training_bytes "
+            f"remoe.data.tokenizer.vocab_size is {config.vocab_size}, but the text supports at most {too_big[1]} "
+            f"pieces; set it to {too_big[1]} or less, give more text, or raise remoe.data.tokenizer.max_training_bytes "
             f"({config.max_training_bytes})"
         )
     if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
-            f"data.tokenizer.vocab_size is {config.vocab_size}, but the characters of the text alone need "
+            f"remoe.data.tokenizer.vocab_size is {config.vocab_size}, but the characters of the text alone need "
             f"{too_small[1]} pieces; set it above {too_small[1]}"
         )
     return DataError(f"the tokenizer cannot be trained on this corpus: {message}")

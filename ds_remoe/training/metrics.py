@@ -30,7 +30,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         if path.exists() and path.stat().st_size > 0:
             raise MetricsError(
-                f"{path} has the metrics of an earlier run: resume that run, or choose another train.output_dir"
+                f"{path} has the metrics of an earlier run: resume that run, or choose another remoe.train.output_dir"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open(path, last_step=0)
