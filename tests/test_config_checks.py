@@ -424,6 +424,12 @@ CASES: dict[str, Case] = {
         "/nowhere/*.jsonl",
         "no such file",
     ),
+    "folder of data": (
+        ['remoe.data.source={"type": "jsonl", "paths": ["/usr"]}'],
+        "remoe.data.source.paths",
+        "/usr",
+        "is a folder; name files or a pattern, such as /usr/*",
+    ),
     "no data paths": (
         ['remoe.data.source={"type": "text", "paths": []}'],
         "remoe.data.source.paths",

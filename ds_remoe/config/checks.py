@@ -188,7 +188,10 @@ def check_data(data: DataConfig) -> Iterator[ConfigProblem]:
     source, tokenizer = data.source, data.tokenizer
     if isinstance(source, FilesSource):
         for pattern in source.paths:
-            if not any(map(os.path.isfile, [pattern, *glob.glob(pattern, recursive=True)])):
+            if os.path.isdir(pattern):
+                remedy = f"is a folder; name files or a pattern, such as {os.path.join(pattern, '*')}"
+                yield ConfigProblem("remoe.data.source.paths", pattern, remedy)
+            elif not any(map(os.path.isfile, [pattern, *glob.glob(pattern, recursive=True)])):
                 remedy = f"no such file, seen from {Path.cwd()}"
                 yield ConfigProblem("remoe.data.source.paths", pattern, remedy)
         if source.type == "text":
