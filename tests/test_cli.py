@@ -124,8 +124,8 @@ def test_data_prepare_fails_with_a_message(tmp_path: Path, capsys: pytest.Captur
     corpus.write_text('{"body": "no column of the name text"}\n')
     source = json.dumps({"type": "jsonl", "paths": [str(corpus)]})
     arguments = ["--set", f"remoe.data.source={source}", "--set", f"remoe.data.cache_dir={tmp_path}/cache"]
-    assert main(["data", "prepare", QUICKSTART, *arguments]) == 1
-    assert "text" in capsys.readouterr().err
+    assert main(["data", "prepare", QUICKSTART, *arguments]) == 2
+    assert "set remoe.data.source.text_column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["layer", "comm", "kernels", "memory", "step", "quality", "record"])

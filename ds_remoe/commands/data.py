@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ds_remoe.commands.arguments import add_run_arguments
 from ds_remoe.config import load_run
+from ds_remoe.config.leave import WRONG_INPUT
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
@@ -33,6 +34,6 @@ def data_prepare(arguments: argparse.Namespace) -> int:
         prepared = prepare(run.remoe.data, run.remoe.model.seq_length, progress=True)
     except DataError as error:
         print(error, file=sys.stderr)
-        return 1
+        return WRONG_INPUT
     Console().print(describe(prepared))
     return 0
