@@ -164,7 +164,8 @@ class TrainedTokenizer(Section):
     """A byte-fallback BPE tokenizer, trained on the corpus by SentencePiece."""
 
     type: Literal["train"] = "train"
-    vocab_size: int = Field(default=8192, ge=512)
+    vocab_size: int = Field(default=8192, ge=512, le=2**20)
+    """Pieces of the vocabulary; the largest in use have some 2**18, and the model has two vectors for each."""
     max_training_bytes: int = Field(default=8_000_000, gt=0)
     """Sample of the corpus that the tokenizer is trained on, in UTF-8 bytes, drawn evenly over domains."""
 

@@ -36,15 +36,18 @@ def _problem(section: Any, detail: ErrorDetails) -> ConfigProblem:
     if kind == "extra_forbidden":
         known = list(model.model_fields) if model else []
         return unknown_key(".".join(["remoe", *path[:-1]]), path[-1], detail["input"], known)
+    description = model.model_fields[path[-1]].description if model and path[-1] in model.model_fields else None
     if kind == "missing":
-        description = model.model_fields[path[-1]].description if model and path[-1] in model.model_fields else None
         return ConfigProblem(field, MISSING, f"required: {_first_sentence(description) or 'give a value'}")
     if kind == "union_tag_not_found":
         tags = sorted(_tags(model, path[-1])) if model else []
         return ConfigProblem(join(field, "type"), MISSING, f"required: one of {', '.join(tags)}")
     if kind == "union_tag_invalid":
         return ConfigProblem(join(field, "type"), context["tag"], f"must be one of {context['expected_tags']}")
-    return ConfigProblem(field, detail["input"], _REMEDIES.get(kind, detail["msg"]).format(**context))
+    remedy = _REMEDIES.get(kind, detail["msg"]).format(**context)
+    if kind == "less_than_equal" and description:
+        remedy += f" ({_first_sentence(description)})"
+    return ConfigProblem(field, detail["input"], remedy)
 
 
 _REMEDIES: Mapping[str, str] = {
