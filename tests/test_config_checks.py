@@ -466,6 +466,42 @@ CASES: dict[str, Case] = {
         "/dev/null/run",
         "/dev/null is not a folder",
     ),
+    "output with NUL": (
+        [r'remoe.train.output_dir="runs/\u0000"'],
+        "remoe.train.output_dir",
+        "runs/\0",
+        "holds a NUL character, which no path has",
+    ),
+    "output of a long name": (
+        [f"remoe.train.output_dir=/nowhere/{'x' * 300}/run"],
+        "remoe.train.output_dir",
+        f"/nowhere/{'x' * 300}/run",
+        "or a name in it, is too long for the file system",
+    ),
+    "output of a long path": (
+        [f"remoe.train.output_dir={'/xxxx' * 1000}"],
+        "remoe.train.output_dir",
+        "/xxxx" * 1000,
+        "is too long for the file system",
+    ),
+    "cache of a long name": (
+        [f"remoe.data.cache_dir=/{'x' * 5000}"],
+        "remoe.data.cache_dir",
+        f"/{'x' * 5000}",
+        "is too long for the file system",
+    ),
+    "tokenizer of a long name": (
+        [f'remoe.data.tokenizer={{"type": "sentencepiece", "path": "{"x" * 5000}"}}'],
+        "remoe.data.tokenizer.path",
+        "x" * 5000,
+        "no file x",
+    ),
+    "vocabulary beyond reason": (
+        ["remoe.data.tokenizer.vocab_size=1000000000000"],
+        "remoe.data.tokenizer.vocab_size",
+        10**12,
+        "must be at most 1048576 (Pieces of the vocabulary",
+    ),
     "cache in a file": (["remoe.data.cache_dir=/dev/null"], "remoe.data.cache_dir", "/dev/null", "not a folder"),
 }
 
@@ -560,6 +596,12 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     error = problems_of([f"remoe.train.output_dir={tmp_path}/a/b", f"remoe.data.cache_dir={tmp_path}"])
     assert [problem.field for problem in error.problems] == ["remoe.train.output_dir", "remoe.data.cache_dir"]
     assert f"{tmp_path} is not writable" in str(error)
+
+
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    error = problems_of([f"remoe.train.output_dir={tmp_path}/link/run"])
+    assert f"{tmp_path}/link is not a folder" in str(error)
 
 
 def test_tokenizer_files_are_found(tmp_path: Path) -> None:

@@ -14,16 +14,20 @@ def lock_folder(folder: Path) -> FileLock:
     """Keep a run's folder to one run at a time, for as long as the result lives.
 
     Raises:
-        CheckpointError: another run has it.
+        CheckpointError: another run has it, or it cannot be made or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
+        clear_stop_mark(folder)
     except Timeout:
         raise CheckpointError(
             f"remoe.train.output_dir = {folder}: another run is using it; wait for its end, end its processes, or give "
             "this run another folder"
         ) from None
-    clear_stop_mark(folder)
+    except (OSError, ValueError) as error:  # a path with NUL is a ValueError
+        raise CheckpointError(
+            f"remoe.train.output_dir = {folder}: cannot be used ({error}); mend that, or give this run another folder"
+        ) from error
     return lock
