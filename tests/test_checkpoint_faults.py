@@ -384,8 +384,8 @@ def test_a_full_disk(tmp_path: Path, leave: int) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
-def test_a_run_stops_or_goes_on_where_a_save_fails(tmp_path: Path, on_save_error: str) -> None:
+def small_run(tmp_path: Path) -> Path:
+    """The file of a run of six steps."""
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
@@ -404,6 +404,19 @@ def test_a_run_stops_or_goes_on_where_a_save_fails(tmp_path: Path, on_save_error
     }
     path = tmp_path / "run.json"
     path.write_text(json.dumps(config))
+    return path
+
+
+def train_here(config: Path) -> None:
+    """A whole run in this process."""
+    from ds_remoe import train as entry
+
+    entry.main(["--config", str(config)])
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_a_run_stops_or_goes_on_where_a_save_fails(tmp_path: Path, on_save_error: str) -> None:
+    path = small_run(tmp_path)
     codes, output = fork_ranks(train_with_a_full_disk, 1, path, on_save_error, log=tmp_path / "log")
     assert "step 4 could not be saved" in output
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -413,6 +426,22 @@ def test_a_run_stops_or_goes_on_where_a_save_fails(tmp_path: Path, on_save_error
         assert "Training goes on after step 4" in output
     else:
         assert (codes, len(records), tags) == ([1], 4, ["step00000002"]), output
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small_run(tmp_path)
+    places = [tmp_path / "run" / name for name in ("metrics.jsonl", "stages.png", "checkpoints/latest.tmp")]
+    for place in places:
+        place.mkdir(parents=True)
+    codes, output = fork_ranks(train_here, 1, path, log=tmp_path / "log")
+    assert codes == [2], output
+    assert cli.main(["supervise", "--", "bash", "--config", str(path)]) == 2
+    for text in (output, capsys.readouterr().err):
+        assert "Traceback" not in text
+        assert all(f"{place}: is a folder, but the run writes a file there" in text for place in places), text
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_command_line(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,6 +477,10 @@ def test_the_command_line(real: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "latest names step00000001 now" in output
     assert [path.name for path in CheckpointFolder(folder).all()] == ["step00000001"]
     assert command("verify")[0] == 0
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+    code, output = command("verify")
+    assert (code, "latest: cannot be read (Is a directory), but there are step00000001" in output) == (1, True)
     (folder / "step00000001" / MANIFEST).write_text("")
     assert command("prune", "--keep", "1")[0] == 1
     assert len(CheckpointFolder(folder).all()) == 1

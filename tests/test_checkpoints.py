@@ -28,6 +28,7 @@ from ds_remoe.training.manifest import (
     RunIdentity,
     write_atomically,
 )
+from ds_remoe.training.run_files import refuse_misplaced
 from ds_remoe.training.run_lock import lock_folder
 
 IDENTITY = RunIdentity(
@@ -274,6 +275,24 @@ lock_folder(Path({str(tmp_path / "run")!r}))
     assert "another run is using it" in second.stderr
     first.release()
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["file/run", "nul\0", "x" * 300, "lock", "stopped"])
+def test_a_folder_that_cannot_be_made_or_used_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "lock" / ".lock").mkdir(parents=True)
+    (tmp_path / "stopped" / ".stopped").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"remoe\.train\.output_dir = .*: cannot be used .*; .* another folder"):
+        lock_folder(tmp_path / name)
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    refuse_misplaced(tmp_path)
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: is no folder.*; move that away, .*remoe\.train\.output_dir"
+    ):
+        refuse_misplaced(tmp_path)
 
 
 def test_an_atomic_write_replaces_as_a_whole(tmp_path: Path) -> None:

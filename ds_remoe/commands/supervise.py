@@ -58,6 +58,8 @@ def supervise(arguments: argparse.Namespace) -> int:
     """Run the command until it is done."""
     from ds_remoe.launching.hosts import HostfileError
     from ds_remoe.launching.supervisor import Policy, Supervisor
+    from ds_remoe.training.manifest import CheckpointError
+    from ds_remoe.training.run_files import refuse_misplaced
 
     problem = _problem(arguments)
     if problem:
@@ -66,8 +68,9 @@ def supervise(arguments: argparse.Namespace) -> int:
     command: list[str] = arguments.command
     folder = _run_folder(arguments.run_dir, command)
     try:
+        refuse_misplaced(folder)
         hosts = _other_nodes(command)
-    except HostfileError as error:
+    except (CheckpointError, HostfileError) as error:
         print(f"supervise: {error}", file=sys.stderr)
         return 2
     policy = Policy(arguments.max_restarts, arguments.backoff, arguments.grace)

@@ -80,14 +80,18 @@ class CheckpointFolder:
         A first save that was killed between its manifest and the pointer counts as the latest.
 
         Raises:
-            CheckpointError: there are checkpoints, but no pointer, or it names none of them.
+            CheckpointError: there are checkpoints, but no pointer, or it cannot be read or names none of them.
         """
         pointer, complete = self.path / LATEST, self.complete()
         if not pointer.exists():
             if len(complete) > 1:
                 raise CheckpointError(f"{pointer}: missing, but {self.what_exists()}; name one with --resume TAG")
             return complete[0] if complete else None
-        tag = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            tag = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror}), but {self.what_exists()}"
+            raise CheckpointError(f"{pointer}: {reason}; name one with --resume TAG") from error
         if not TAG.fullmatch(tag) or not (self.path / tag).is_dir():
             raise CheckpointError(
                 f"{pointer} = {tag[:80]!r}: names no checkpoint, and {self.what_exists()}; name one with --resume TAG"

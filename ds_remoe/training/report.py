@@ -9,7 +9,7 @@ from rich.console import Console
 from ds_remoe.analysis.stages_plot import plot_expert_load, plot_stages
 from ds_remoe.model.generation import generate
 from ds_remoe.training import metrics
-from ds_remoe.training.run_logs import METRICS
+from ds_remoe.training.run_files import EXPERT_LOAD, METRICS, STAGES, SUMMARY
 from ds_remoe.training.summary import RunSummary, applied_steps, render, summarise
 from ds_remoe.training.trainer import Outcome, Trainer
 
@@ -28,9 +28,9 @@ def report(trainer: Trainer, outcome: Outcome) -> RunSummary | None:
     records = metrics.read(folder / METRICS)
     target = config.moe.target_sparsity
     applied = applied_steps(records)
-    pictures = [plot_stages(applied, target, folder / "stages.png", title=f"{trainer.run.path.stem}: training")]
+    pictures = [plot_stages(applied, target, folder / STAGES, title=f"{trainer.run.path.stem}: training")]
     if config.moe.router != "dense":
-        pictures.append(plot_expert_load(applied, folder / "expert_load.png", title="Tokens that each expert sees"))
+        pictures.append(plot_expert_load(applied, folder / EXPERT_LOAD, title="Tokens that each expert sees"))
     summary = summarise(
         records,
         router=config.moe.router,
@@ -43,7 +43,7 @@ def report(trainer: Trainer, outcome: Outcome) -> RunSummary | None:
         pictures=pictures,
         generated=generated,
     )
-    summary.save(folder / "summary.json")
+    summary.save(folder / SUMMARY)
     console = Console()
     console.print(render(summary))
     console.print(f"Train on:\n{summary.continue_command}", soft_wrap=True, highlight=False, markup=False)

@@ -8,9 +8,8 @@ from ds_remoe.config import RunConfig
 from ds_remoe.training.metrics import MetricsLog
 from ds_remoe.training.progress import TrainProgress
 from ds_remoe.training.record import StepRecord
+from ds_remoe.training.run_files import METRICS
 from ds_remoe.training.wandb_run import WandbRun
-
-METRICS = "metrics.jsonl"
 
 
 class RunLogs:

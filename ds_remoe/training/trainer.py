@@ -28,6 +28,7 @@ from ds_remoe.training.guard import StepGuard, describe_skip, refuse_non_finite
 from ds_remoe.training.manifest import CheckpointSaveError, RunIdentity
 from ds_remoe.training.record import StepRecord
 from ds_remoe.training.routing_watch import WATCH_KEY, RoutingWatch
+from ds_remoe.training.run_files import CHECKPOINTS, refuse_misplaced
 from ds_remoe.training.run_lock import lock_folder
 from ds_remoe.training.run_logs import RunLogs
 from ds_remoe.training.runtime import StopSignals
@@ -108,7 +109,7 @@ class Trainer:
         guard_steps(self.engine, self.guard)
         self.watch = RoutingWatch(train.dead_after)
         self.engine.remoe.carried[WATCH_KEY] = self.watch
-        self.checkpoints = Checkpoints(self.config.output_dir / "checkpoints", self._identity(), train.keep_checkpoints)
+        self.checkpoints = Checkpoints(self.config.output_dir / CHECKPOINTS, self._identity(), train.keep_checkpoints)
 
     def train(self, resume: str = "auto") -> Outcome:
         """Train from the chosen checkpoint (or the start) to the last step, or until a signal.
@@ -224,6 +225,7 @@ class Trainer:
 
     def _take_folder(self) -> None:
         self._lock = lock_folder(self.config.output_dir)
+        refuse_misplaced(self.config.output_dir)
 
     def _notes(self, step: int, micro_batch_losses: list[Tensor]) -> list[str]:
         """What there is to tell of a step: that it was skipped, or which layers and experts died or came back."""
