@@ -399,7 +399,7 @@ def small_run(tmp_path: Path) -> Path:
                 "tokenizer": {"type": "train", "vocab_size": 512},
                 "cache_dir": str(tmp_path / "data"),
             },
-            "train": {"steps": 6, "eval_batches": 1, "save_interval": 2, "output_dir": str(tmp_path / "run")},
+            "train": {"steps": 6, "eval_batches": 400, "save_interval": 2, "output_dir": str(tmp_path / "run")},
         },
     }
     path = tmp_path / "run.json"
@@ -419,6 +419,7 @@ def test_a_run_stops_or_goes_on_where_a_save_fails(tmp_path: Path, on_save_error
     path = small_run(tmp_path)
     codes, output = fork_ranks(train_with_a_full_disk, 1, path, on_save_error, log=tmp_path / "log")
     assert "step 4 could not be saved" in output
+    assert output.count("remoe.train.eval_batches = 400: an evaluation takes 800 samples, but only ") == 1
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     tags = [path.name for path in CheckpointFolder(tmp_path / "run" / "checkpoints").all()]
     if on_save_error == "continue":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_remoe.data.batches import MicroBatches, training_batches, validation_batches
+from ds_remoe.data.batches import MicroBatches, repeated_validation, training_batches, validation_batches
 from ds_remoe.data.documents import Document
 from ds_remoe.data.order import SampleOrder, micro_batch, micro_batch_positions
 from ds_remoe.data.store import PackedDataset, TokenStoreWriter
@@ -149,5 +149,11 @@ def test_validation_takes_the_same_samples_at_every_world_size(dataset: PackedDa
     ]
     assert all(evaluation == evaluations[0] for evaluation in evaluations)
     assert len({sample for micro_batch in evaluations[0] for sample in micro_batch}) == 24
+    assert repeated_validation(dataset, len(dataset) // 8, 8) is None
+    told = repeated_validation(dataset, len(dataset) // 8 + 1, 8) or ""
+    assert told.startswith(f"remoe.train.eval_batches = {len(dataset) // 8 + 1}: an evaluation takes ")
+    assert f"set it to {len(dataset) // 8} or less" in told
+    told = repeated_validation(dataset, 1, len(dataset) + 1) or ""
+    assert "fewer than a global batch; raise remoe.data.valid_fraction" in told
     with pytest.raises(ValueError, match=r"num_micro_batches is 12; .* world_size, 5"):
         validation_batches(dataset, num_micro_batches=12, micro_batch_size=2, world_size=5)

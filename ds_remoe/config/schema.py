@@ -211,7 +211,8 @@ class TrainConfig(Section):
     eval_interval: int = Field(default=100, gt=0)
     """Optimizer steps between two evaluations; the last step is always evaluated."""
     eval_batches: int = Field(default=8, gt=0)
-    """Held-out global batches of an evaluation; the same samples for every split of a global batch over ranks."""
+    """Held-out global batches of an evaluation; the same samples for every split of a global batch over ranks. Where
+    fewer are held out, some are taken again, with a warning."""
     save_interval: int = Field(default=100, gt=0)
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=2, gt=0)

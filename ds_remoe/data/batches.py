@@ -64,7 +64,8 @@ def validation_batches(
 
     All ranks together take the first num_micro_batches * micro_batch_size positions of one fixed order, so every
     world size that divides `num_micro_batches` evaluates the same samples, and every rank makes the same number of
-    forward passes, as expert parallelism needs. A dataset with fewer samples than that is gone through again.
+    forward passes, as expert parallelism needs. A dataset with fewer samples than that is gone through again, which
+    `repeated_validation` puts into words.
 
     Raises: ValueError: world_size does not divide num_micro_batches.
     """
@@ -74,3 +75,20 @@ def validation_batches(
         )
     order = SampleOrder(len(dataset), VALIDATION_SEED)
     return MicroBatches(dataset, order, micro_batch_size, num_micro_batches // world_size, world_size)
+
+
+def repeated_validation(dataset: PackedDataset, eval_batches: int, global_batch: int) -> str | None:
+    """For the user: that evaluations take samples of the held-out split more than once; None if they do not.
+
+    Args:
+        eval_batches: global batches of an evaluation.
+        global_batch: samples of an optimizer step.
+    """
+    taken, most = eval_batches * global_batch, len(dataset) // global_batch
+    if eval_batches <= most:
+        return None
+    remedy = f"set it to {most} or less, or" if most else "these are fewer than a global batch;"
+    return (
+        f"remoe.train.eval_batches = {eval_batches}: an evaluation takes {taken} samples, but only {len(dataset)} are "
+        f"held out, so it takes some again; {remedy} raise remoe.data.valid_fraction"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_remoe.config import RunConfig
 from ds_remoe.config.batch import BatchSizes
-from ds_remoe.data.batches import MicroBatches, training_batches, validation_batches
+from ds_remoe.data.batches import MicroBatches, repeated_validation, training_batches, validation_batches
 from ds_remoe.data.prepare import PreparedData, prepare
 from ds_remoe.launch_environment import launch_command
 from ds_remoe.model.decoder import Decoder
@@ -134,7 +134,8 @@ class Trainer:
         stopped_by: str | None = None
         wandb_run_id = choice.manifest.wandb_run_id if choice else None
         with RunLogs(self.run, main=self.rank == 0, start=start, wandb_run_id=wandb_run_id) as logs:
-            for note in choice.notes if choice else ():
+            repeated = repeated_validation(self.data.valid, self.config.train.eval_batches, self.batch.global_batch)
+            for note in (*(choice.notes if choice else ()), *filter(None, [repeated])):
                 logs.progress.message(note)
             if checkpoint is not None:
                 logs.progress.message(f"continuing from {checkpoint}")
