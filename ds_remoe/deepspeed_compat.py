@@ -35,6 +35,7 @@ __all__ = [
     "read_config",
     "refresh_learning_rate",
     "replace_stage0_clipping",
+    "schedule_may_be_new",
     "set_subgroup_timeout",
     "use_gloo_only",
     "without_update",
@@ -175,6 +176,33 @@ def zero_norm_veto(engine: Any, refuses: Callable[[Tensor], bool]) -> Iterator[N
     finally:
         del optimizer.scaled_global_norm, optimizer._update_scale
         optimizer.check_grad_overflow = checks
+
+
+@contextlib.contextmanager
+def schedule_may_be_new(engine: Any) -> Iterator[None]:
+    """Within it, `engine.load_checkpoint` takes a checkpoint without a schedule, which DeepSpeed stumbles over.
+
+    The engine's schedule is then where the checkpoint's steps would have brought it.
+    """
+    scheduler = engine.lr_scheduler
+    if scheduler is None:
+        yield
+        return
+    load, is_new = scheduler.load_state_dict, False
+
+    def load_state_dict(state: dict[str, Any] | None) -> None:
+        nonlocal is_new
+        is_new = state is None
+        if state is not None:
+            load(state)
+
+    scheduler.load_state_dict = load_state_dict
+    try:
+        yield
+    finally:
+        del scheduler.load_state_dict
+    if is_new:
+        scheduler.last_batch_iteration = engine.global_steps - engine.skipped_steps - 1
 
 
 def refresh_learning_rate(engine: Any) -> None:

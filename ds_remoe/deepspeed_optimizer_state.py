@@ -267,15 +267,16 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 def configured_hyperparameters(engine: Any) -> Iterator[None]:
     """Keep weight decay, betas and the like as configured over a load, which would bring those of the checkpoint.
 
-    The learning rate is the checkpoint's, until the scheduler sets it.
+    The learning rate is as configured where no scheduler is to set it, else the checkpoint's until then.
     """
     base = base_optimizer(engine)
     configured = base.state_dict()["param_groups"]
     yield
     loaded = base.state_dict()
-    groups = [{**old, **new, "lr": old["lr"]} for old, new in zip(loaded["param_groups"], configured, strict=True)]
+    for old, new in zip(loaded["param_groups"], configured, strict=True):
+        old.update(new if engine.lr_scheduler is None else {**new, "lr": old["lr"]})
     # Through the optimizer's own load, which puts the states where its settings (fused) want them.
-    base.load_state_dict({"state": loaded["state"], "param_groups": groups})
+    base.load_state_dict(loaded)
 
 
 def _check_not_muon(groups: Iterable[Mapping[str, Any]]) -> None:

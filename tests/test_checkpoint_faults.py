@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import lr_schedules
 from forked_ranks import fork_ranks
 from ranks import free_port
 
@@ -407,11 +408,11 @@ def small_run(tmp_path: Path) -> Path:
     return path
 
 
-def train_here(config: Path) -> None:
+def train_here(config: Path, *overrides: str) -> None:
     """A whole run in this process."""
     from ds_remoe import train as entry
 
-    entry.main(["--config", str(config)])
+    entry.main(["--config", str(config), *(part for override in overrides for part in ("--set", override))])
 
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
@@ -427,6 +428,42 @@ def test_a_run_stops_or_goes_on_where_a_save_fails(tmp_path: Path, on_save_error
         assert "Training goes on after step 4" in output
     else:
         assert (codes, len(records), tags) == ([1], 4, ["step00000002"]), output
+
+
+def test_a_schedule_that_comes_changes_or_goes_is_followed_and_told(tmp_path: Path) -> None:
+    path = small_run(tmp_path)
+    warmup = {"warmup_num_steps": 3, "warmup_type": "linear"}
+    cosine = {"total_num_steps": 6, "warmup_num_steps": 2}
+    sessions = [
+        (2, [], [3e-3] * 2, None),
+        (4, [scheduler("WarmupLR", warmup)], rates("WarmupLR", warmup, 4)[2:], "none and is WarmupLR"),
+        (6, [scheduler("WarmupCosineLR", cosine)], rates("WarmupCosineLR", cosine, 6)[4:], "WarmupLR and is WarmupCos"),
+        (8, ["optimizer.params.lr=1e-3"], [1e-3] * 2, "WarmupCosineLR and is none"),
+    ]
+    expected: list[float] = []
+    for steps, overrides, new, told in sessions:
+        settings = [f"remoe.train.steps={steps}", "remoe.train.eval_batches=1", *overrides]
+        codes, output = fork_ranks(train_here, 1, path, *settings, log=tmp_path / f"log{steps}")
+        assert codes == [0], output
+        assert told is None or output.count(f": the scheduler was {told}") == 1, output
+        assert ("scheduler was" in output) == (told is not None), output
+        expected += new
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["learning_rate"] for line in lines] == pytest.approx(expected), f"to step {steps}"
+
+
+def scheduler(kind: str, params: dict[str, Any]) -> str:
+    return f"scheduler={json.dumps({'type': kind, 'params': params})}"
+
+
+def rates(kind: str, params: dict[str, Any], steps: int) -> list[float]:
+    """The learning rate of each step, as DeepSpeed's schedule gives it to one that begins with it."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    schedule, found = getattr(lr_schedules, kind)(optimizer, **params), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    return found
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_trained(

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 
 import ds_remoe
 from ds_remoe.deepspeed_checkpoint_io import Writes, loading_values_only, recording_writes
-from ds_remoe.deepspeed_compat import refresh_learning_rate
+from ds_remoe.deepspeed_compat import refresh_learning_rate, schedule_may_be_new
 from ds_remoe.deepspeed_optimizer_state import configured_hyperparameters
 from ds_remoe.training.agreement import gathered, on_rank_0
 from ds_remoe.training.checkpoint_files import file_problem, record_file, share_out, unnamed_files, unnamed_problems
@@ -133,7 +133,7 @@ class Checkpoints:
     def load(self, engine: Any, choice: Choice) -> None:
         """Restore model, optimizer shards, scheduler, λ and random state; `latest` names this checkpoint from then on.
 
-        Weight decay and the optimizer's other settings stay those of the run.
+        Weight decay and the optimizer's other settings stay those of the run, and so does its schedule, at the step.
 
         Where other ranks have saved it, with another ep_size or ZeRO stage, its optimizer is resharded; the random
         state is then restored of the ranks that there were. No code in the files is run.
@@ -218,7 +218,7 @@ class Checkpoints:
         ]
 
     def _read(self, engine: Any, choice: Choice) -> None:
-        with loading_values_only(engine), configured_hyperparameters(engine):
+        with loading_values_only(engine), configured_hyperparameters(engine), schedule_may_be_new(engine):
             path, _ = engine.load_checkpoint(str(choice.path.parent), choice.path.name)
         if path is None or engine.global_steps != choice.manifest.step:
             raise CheckpointError(

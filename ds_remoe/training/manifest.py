@@ -34,14 +34,15 @@ def tag_of(step: int) -> str:
 EXECUTION_SETTINGS = frozenset({"ep_size", "activation_budget", "wire_dtype", "hierarchical_all_to_all"})
 """Settings of `remoe.moe` that say where and how experts are computed, not what they compute."""
 _SPREAD = frozenset({"world_size", "ep_size", "zero_stage", "micro_batch_size", "gradient_accumulation_steps"})
+_MAY_CHANGE = _SPREAD | {"scheduler"}
 
 
 @dataclass(frozen=True)
 class RunIdentity:
     """What a run is, and how it is spread over ranks.
 
-    A resume continues the same run where all is the same but how the work is spread: the topology, the split of the
-    global batch, and the settings `EXECUTION_SETTINGS` of `moe`.
+    A resume continues the same run where all is the same but the schedule, which it may change on its way, and how the
+    work is spread: the topology, the split of the global batch, and the settings `EXECUTION_SETTINGS` of `moe`.
 
     Attributes:
         world_size, ep_size, zero_stage: the topology that DeepSpeed's files are cut for.
@@ -51,6 +52,7 @@ class RunIdentity:
         seed: of the order of samples.
         data: fingerprint of the token store.
         model, moe, sparsity: these sections of the configuration.
+        scheduler: type of the learning-rate schedule, "none" without one; None in manifests that do not tell.
     """
 
     world_size: int
@@ -65,6 +67,7 @@ class RunIdentity:
     model: dict[str, Any]
     moe: dict[str, Any]
     sparsity: dict[str, Any]
+    scheduler: str | None = None
 
     @property
     def topology(self) -> Topology:
@@ -171,7 +174,7 @@ class Manifest:
                     for key in sorted((saved.keys() | now.keys()) - ignored)
                     if saved.get(key) != now.get(key)
                 ]
-            elif saved != now and field.name not in _SPREAD:
+            elif saved != now and field.name not in _MAY_CHANGE:
                 lines.append(f"{field.name}: the checkpoint has {saved!r}, this run {now!r}")
         saved, now = self.identity.global_batch, current.global_batch
         if saved != now:
@@ -196,6 +199,10 @@ class Manifest:
                 f"the micro-batch size was {saved.micro_batch_size} and is {current.micro_batch_size} now: balance "
                 "weights are taken per micro-batch, so the losses are not those of a run without the change"
             )
+        if saved.scheduler not in (None, current.scheduler):
+            follows = "optimizer.params.lr" if current.scheduler == "none" else "it, at the step reached"
+            change = f"was {saved.scheduler} and is {current.scheduler} now"
+            notes.append(f"the scheduler {change}: the learning rate follows {follows}")
         return notes
 
 

@@ -294,4 +294,5 @@ class Trainer:
             model=self.config.model.model_dump(mode="json"),
             moe=self.config.moe.model_dump(mode="json"),
             sparsity=self.config.sparsity.model_dump(mode="json"),
+            scheduler=deepspeed.get("scheduler", {}).get("type", "none"),
         )
