@@ -263,6 +263,37 @@ def test_an_export_is_read_without_the_wire_that_it_was_trained_with(
             load_exported(tmp_path / "export")
 
 
+def test_an_export_that_is_not_whole_is_named(handed_on: tuple[str, list[Path]], tmp_path: Path) -> None:
+    checkpoint, folder = handed_on[1][0], tmp_path / "export"
+    export(checkpoint, Manifest.read(checkpoint), folder, "fp32", max_shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    shard = folder / whole["weight_map"]["embedding.weight"]
+    elsewhere = {**whole["weight_map"], "embedding.weight": whole["weight_map"]["lm_head.weight"]}
+    other = folder / elsewhere["embedding.weight"]
+    assert other != shard
+    for path, content, named in (
+        (shard, shard.read_bytes()[:-8], shard),
+        (shard, shard.read_bytes()[:40], shard),
+        (shard, b"", shard),
+        (index, index.read_bytes()[:100], index),
+        (index, b"[]", index),
+        (index, b'{"files": {}}', index),
+        (index, b'{"weight_map": []}', index),
+        (index, b'{"weight_map": {"embedding.weight": 1}}', index),
+        (index, json.dumps({"weight_map": elsewhere}).encode(), other),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(named))}: .*; copy the export again, or make it anew"):
+            load_exported(folder)
+        path.write_bytes(kept)
+    for ep_size in (0, -1):
+        with pytest.raises(ValueError, match=f"^ep_size = {ep_size}: must be a whole number of at least 1"):
+            load_exported(folder, ep_size=ep_size)
+    load_exported(folder)
+
+
 def load_module_experts(folder: Path) -> None:
     """On two ranks: experts that are modules one by one go to another ZeRO stage, but not to another ep_size."""
     engines = {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.deepspeed_compat import launched_rank
@@ -20,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model{suffix}.safetensors"
 """Name of a shard, as huggingface_hub fills it in."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_REMEDY = "copy the export again, or make it anew"
 _EXPERT = re.compile(r"(.+\.deepspeed_experts)\.(\d+)\.(.+)")
 
 
@@ -37,9 +39,12 @@ def load_exported(
 
     Raises:
         FileNotFoundError: a file of the export is missing.
-        ValueError: the export is not of this release's model; or ep_size does not divide the number of experts.
+        ValueError: the export is not of this release's model, or a file of it is not whole; or ep_size does not divide
+            the number of experts.
     """
     folder = Path(folder)
+    if ep_size < 1:
+        raise ValueError(f"ep_size = {ep_size}: must be a whole number of at least 1")
     try:
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         vocab_size, exported_in = int(described["vocab_size"]), _DTYPES[described["dtype"]]
@@ -48,7 +53,8 @@ def load_exported(
         wire = {} if ep_size > 1 else {"wire_dtype": "auto", "hierarchical_all_to_all": False}
         moe = MoEConfig.model_validate({**described["moe"], **wire, "ep_size": ep_size})
     except (KeyError, TypeError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
-        raise ValueError(f"{folder / CONFIG}: not of a model of this release ({error!r}); export it again") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / CONFIG}: not of a model of this release ({reason}); export it again") from error
     decoder = Decoder(model, moe, vocab_size, seed=0).to(device, dtype or exported_in)
     first = launched_rank() % ep_size * (moe.total_experts // ep_size)
     read_weights(decoder, folder, first)
@@ -65,9 +71,10 @@ def read_weights(model: torch.nn.Module, folder: Path, first_expert: int = 0) ->
         first_expert: of the export, for the model's expert 0 of each layer.
 
     Raises:
-        ValueError: a weight is missing, or of another shape.
+        FileNotFoundError: a file of the export is missing.
+        ValueError: a weight is missing, or of another shape, or a file is not whole.
     """
-    files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    files = _weight_map(folder / INDEX)
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
         for name, weight in model.state_dict().items():
@@ -75,12 +82,34 @@ def read_weights(model: torch.nn.Module, folder: Path, first_expert: int = 0) ->
             if saved not in files:
                 raise ValueError(f"{folder}: has no {saved}; it was exported from another model")
             file = files[saved]
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
-            tensor = opened[file].get_tensor(saved)
+            with _reading(folder / file):
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
+                tensor = opened[file].get_tensor(saved)
             if tensor.shape != weight.shape:
                 raise ValueError(f"{folder}: {saved} is {list(tensor.shape)}, but the model's {list(weight.shape)}")
             weight.copy_(tensor)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File of each weight."""
+    try:
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in files.values()):
+            raise TypeError("weight_map holds something else than names of files")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index}: not an export's index ({type(error).__name__}: {error}); {_REMEDY}") from error
+    return files
+
+
+@contextmanager
+def _reading(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{shard}: not a whole file of safetensors ({error}); {_REMEDY}") from error
 
 
 def _global_name(name: str, first_expert: int) -> str:
