@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -128,10 +129,31 @@ def fail_to_save(root: Path) -> None:
     dist.barrier()
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*rank 1: .*zero_pp_rank_1.*would run \S*\.mkdir"):
         checkpoints.load(engine, Choice(folder / "step00000003", Manifest.read(folder / "step00000003"), ()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointFolder, "point_to", full_disk)
+        good = Choice(folder / "step00000002", Manifest.read(folder / "step00000002"), ())
+        with pytest.raises(CheckpointSaveError, match=r"latest: cannot be moved to step00000002 .*No space left"):
+            checkpoints.load(engine, good)
+        patch.setattr(Manifest, "read", not_portable)
+        with pytest.raises(RuntimeError, match="Local: only here"):
+            checkpoints.choose("auto")
     again, _ = resumed(folder)  # falls back to step 2
     restored = torch.load(folder / "step00000002" / f"random_state_rank_{rank:05d}.pt")["torch"]
     assert torch.equal(torch.get_rng_state(), restored)
     assert train(again, 3) == loss
+
+
+def full_disk(*_: Any) -> None:
+    assert dist.get_rank() == 0
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def not_portable(_: Path) -> None:
+    class Local(Exception):
+        pass
+
+    assert dist.get_rank() == 0
+    raise Local("only here")
 
 
 def expect_save_error(checkpoints: Checkpoints, engine: Any, message: str) -> None:

@@ -286,6 +286,15 @@ def test_a_folder_that_cannot_be_made_or_used_is_named(tmp_path: Path, name: str
         lock_folder(tmp_path / name)
 
 
+def test_a_file_server_that_may_come_back_is_no_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "mkdir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        lock_folder(tmp_path / "run")
+
+
 def test_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
     refuse_misplaced(tmp_path)
     (tmp_path / "checkpoints").touch()

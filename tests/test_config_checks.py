@@ -271,6 +271,12 @@ CASES: dict[str, Case] = {
         True,
         "torch_adam to false, or remove it",
     ),
+    "logs in a file": (
+        ['csv_monitor={"enabled": true, "output_path": "/dev/null"}'],
+        "csv_monitor.output_path",
+        "/dev/null",
+        "/dev/null is not a folder",
+    ),
     "no optimizer": (["optimizer=null"], "optimizer", MISSING, '"type": "AdamW"'),
     "optimizer type": (["optimizer.type=AdamZ"], "optimizer.type", "AdamZ", "did you mean Adam"),
     "optimizer type missing": (["optimizer.type=null"], "optimizer.type", MISSING, "one of Adam, AdamW"),

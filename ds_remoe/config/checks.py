@@ -5,7 +5,6 @@ Each check yields the problems that it finds; none stops at the first, so that o
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_remoe.config import checks_engine, checks_optimizer, checks_scheduler
+from ds_remoe.config.folders import why_unusable
 from ds_remoe.config.problems import MISSING, ConfigProblem
 from ds_remoe.config.schema import (
     DataConfig,
@@ -214,28 +214,9 @@ def check_folders(remoe: ReMoEConfig) -> Iterator[ConfigProblem]:
     """The folders that a run writes to can be made and written."""
     folders = {"remoe.train.output_dir": remoe.train.output_dir, "remoe.data.cache_dir": remoe.data.cache_dir}
     for field, value in folders.items():
-        remedy = _why_unusable(value)
+        remedy = why_unusable(value)
         if remedy is not None:
             yield ConfigProblem(field, value, remedy)
-
-
-def _why_unusable(folder: str) -> str | None:
-    """Why a folder can be neither written nor made, as far as that can be told without making it."""
-    if "\0" in folder:
-        return "holds a NUL character, which no path has; choose another path"
-    path = Path(folder).absolute()
-    existing = next(one for one in [path, *path.parents] if os.path.lexists(one))
-    if not os.path.isdir(existing):
-        return f"{existing} is not a folder; choose another path"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"{existing} is not writable; choose another path or change its rights"
-    for missing in (path, *(existing / name for name in path.relative_to(existing).parts)):
-        try:
-            os.lstat(missing)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                return "it, or a name in it, is too long for the file system; choose another path"
-    return None
 
 
 def check_logging(logging: LoggingConfig) -> Iterator[ConfigProblem]:

@@ -6,10 +6,12 @@ The facts are those of DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_remoe.config.batch import ACCUMULATION, MICRO, TRAIN, derive_batch_sizes
+from ds_remoe.config.folders import why_unusable
 from ds_remoe.config.problems import MISSING, ConfigProblem
 from ds_remoe.config.schema import LoggingConfig, MoEConfig
 
@@ -128,10 +130,16 @@ def check_precision(clean: Mapping[str, Any], accelerator: str | None) -> Iterat
 
 
 def check_monitors(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
-    """What DeepSpeed's monitors import is installed."""
+    """What DeepSpeed's monitors import is installed, and what they write has a place."""
     for name, package in (("tensorboard", "tensorboard"), ("comet", "comet_ml")):
         if clean.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
             yield ConfigProblem(f"{name}.enabled", True, f"there is no package {package} here; pip install {package}")
+    for name in ("tensorboard", "csv_monitor"):
+        monitor = clean.get(name, {})
+        path = os.path.join(monitor.get("output_path", ""), monitor.get("job_name", ""))
+        remedy = why_unusable(path) if monitor.get("enabled") else None
+        if remedy is not None:
+            yield ConfigProblem(f"{name}.output_path", monitor.get("output_path", ""), remedy)
 
 
 def check_double_logging(clean: Mapping[str, Any], logging: LoggingConfig) -> Iterator[ConfigProblem]:

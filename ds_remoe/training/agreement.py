@@ -8,20 +8,18 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_remoe.training.manifest import CheckpointError
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def on_rank_0(action: Callable[[], Result]) -> Result:
-    """Do it on rank 0; every rank returns the result (picklable), or raises the CheckpointError."""
+    """Do it on rank 0; every rank returns the result (picklable), or raises what was raised there."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except CheckpointError as error:
-            outcome[1] = error
+        except Exception as error:
+            outcome[1] = _portable(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

@@ -21,7 +21,7 @@ from ds_remoe.deepspeed_compat import refresh_learning_rate, schedule_may_be_new
 from ds_remoe.deepspeed_optimizer_state import configured_hyperparameters
 from ds_remoe.training.agreement import gathered, on_rank_0
 from ds_remoe.training.checkpoint_files import file_problem, record_file, share_out, unnamed_files, unnamed_problems
-from ds_remoe.training.checkpoint_folder import CheckpointFolder
+from ds_remoe.training.checkpoint_folder import LATEST, CheckpointFolder
 from ds_remoe.training.manifest import (
     TAG,
     CheckpointError,
@@ -139,7 +139,7 @@ class Checkpoints:
         state is then restored of the ranks that there were. No code in the files is run.
 
         Raises:
-            CheckpointError: on all ranks, where one of them could not read its files.
+            CheckpointError: on all ranks, where one of them could not read its files, or `latest` cannot be written.
         """
         error: str | None = None
         try:
@@ -153,7 +153,14 @@ class Checkpoints:
                 + f"\n{self.folder.what_exists()}; resume from another with --resume TAG"
             )
         refresh_learning_rate(engine)
-        on_rank_0(partial(self.folder.point_to, choice.path))
+        on_rank_0(partial(self._point_to, choice.path))
+
+    def _point_to(self, checkpoint: Path) -> None:
+        try:
+            self.folder.point_to(checkpoint)
+        except OSError as error:
+            reason = f"cannot be moved to {checkpoint.name} ({error}); make room or mend the cause"
+            raise CheckpointSaveError(f"{self.folder.path / LATEST}: {reason}") from error
 
     def _make_room(self, target: Path) -> None:
         try:

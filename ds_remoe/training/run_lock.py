@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -9,12 +10,16 @@ from filelock import FileLock, Timeout
 from ds_remoe.training.manifest import CheckpointError
 from ds_remoe.training.stop_mark import clear_stop_mark
 
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""A file server's troubles, after which a supervisor starts the run again."""
+
 
 def lock_folder(folder: Path) -> FileLock:
     """Keep a run's folder to one run at a time, for as long as the result lives.
 
     Raises:
         CheckpointError: another run has it, or it cannot be made or written.
+        OSError: its file server does not answer as it should, which may pass.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +32,8 @@ def lock_folder(folder: Path) -> FileLock:
             "this run another folder"
         ) from None
     except (OSError, ValueError) as error:  # a path with NUL is a ValueError
+        if getattr(error, "errno", None) in _PASSING:
+            raise
         raise CheckpointError(
             f"remoe.train.output_dir = {folder}: cannot be used ({error}); mend that, or give this run another folder"
         ) from error
