@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels.cpu_library import serves
+from ds_remoe.kernels.first_order import first_order
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x, grad_weight = torch.ops.ds_remoe.rms_norm_backward(grads[0].contiguous(), *ctx.saved_tensors)
         return grad_x, grad_weight, None

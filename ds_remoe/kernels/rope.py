@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels.cpu_library import serves
+from ds_remoe.kernels.first_order import first_order
 
 
 def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class _Rotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         out = torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device)

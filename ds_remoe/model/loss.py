@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
+
+from ds_remoe.kernels.first_order import first_order
 
 IGNORED_LABEL = -100
 LOSS_RANGE = "ds_remoe head loss"
@@ -82,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *(_scaled(*pair, grads[0]) for pair in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import grouped_swiglu
+from ds_remoe.kernels.first_order import first_order
 from ds_remoe.kernels.pair_groups import PairGroups, RowOrder
 from ds_remoe.moe.budget import ActivationBudget, Chunk, plan_chunks
 from ds_remoe.moe.dispatch import ExchangePlan, send_again
@@ -87,7 +87,7 @@ class _BudgetedSwiGLU(torch.autograd.Function):
         return out.to(rows.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights_M, gate_up, down, row_ids_M, order_M, order_starts, source, *rest = ctx.saved_tensors
         stages = len(ctx.sent_again)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ds_remoe.kernels.first_order import first_order
 from ds_remoe.moe.routing import Routing
 from ds_remoe.moe.sparsity import SparsitySlot, at_least_one
 from ds_remoe.moe.statistics import StatisticsSlot
@@ -60,7 +60,7 @@ class _Logits(torch.autograd.Function):
             return torch.mm(weight_ED.to(dtype), x_TD.to(dtype).t())
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
         (grad_ET,) = grads

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import relu_routing
+from ds_remoe.kernels.first_order import first_order
 from ds_remoe.kernels.pair_groups import RowOrder
 
 
@@ -97,7 +97,7 @@ class _Activate(torch.autograd.Function):
         return logits_ET, found.mask_ET, found.counts_E, found.weight_sums_E, found.block_starts
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         (mask_ET,) = ctx.saved_tensors
         return relu_routing.activate_backward(grads[0], grads[3], mask_ET), None
@@ -123,7 +123,7 @@ class _Compact(torch.autograd.Function):
         return pairs.token_ids_N, pairs.weights_N, pairs.by_token_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         mask_ET, positions = ctx.saved_tensors
         grad = None if grads[1] is None else relu_routing.compact_backward(grads[1], mask_ET, positions)

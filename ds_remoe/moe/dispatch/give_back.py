@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import exchange
+from ds_remoe.kernels.first_order import first_order
 from ds_remoe.moe.dispatch.record import StagePlan, StageSizes
 from ds_remoe.moe.dispatch.send import send_rows
 from ds_remoe.moe.dispatch.wire import Transfer
@@ -33,7 +33,7 @@ class _ReturnRows(torch.autograd.Function):
         return exchange.combine_rows(received, local, row_tokens_N, prefix_rows, sizes.send_rows_P, sizes.num_tokens)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (row_tokens_N,) = ctx.saved_tensors
         return send_rows(grads[0], row_tokens_N, ctx.sizes), None, None, None

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_remoe.kernels import exchange
+from ds_remoe.kernels.first_order import first_order
 from ds_remoe.kernels.pair_groups import RowOrder
 from ds_remoe.moe.dispatch.counts import Counts
 from ds_remoe.moe.dispatch.flight import Flight
@@ -85,7 +85,7 @@ class _Depart(torch.autograd.Function):
         return x_TD.new_empty(0)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         row_tokens_N, prefix_rows, weight_ids_K = ctx.saved_tensors
         flight: Flight = ctx.flight
@@ -119,7 +119,7 @@ class _ArrivePairs(torch.autograd.Function):
         return flight.arrived_rows(), weights_M, row_ids_M, order.pairs_M, order.starts
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (by_row_M,) = ctx.saved_tensors
         grad_rows, grad_weights_M = grads[:2]
@@ -148,7 +148,7 @@ class _ArriveRouting(torch.autograd.Function):
         return flight.arrived_rows(), weights, mask
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weight_ids_K,) = ctx.saved_tensors
         grad_rows, grad_weights, _ = grads
