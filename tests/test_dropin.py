@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,23 @@ def test_building_a_layer_moves_the_global_random_state_by_what_it_draws_itself(
     assert torch.equal(*following)
 
 
+@pytest.mark.parametrize("kind", ["swiglu", "sequential"])
+@pytest.mark.parametrize("router", ["relu", "topk"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_token_that_is_not_finite_comes_out_as_such(kind: str, router: Any, bad: float) -> None:
+    """Whatever the signs of its logits; no other token is touched."""
+    torch.manual_seed(0)
+    layer = ds_remoe.MoE(D, expert(kind), num_experts=E, router=router).eval()
+    x = torch.randn(3, D)
+    x[:, 0] = torch.tensor([0.0, bad, 0.0])
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            layer.deepspeed_moe.gate.wg.weight[:, 0] = sign
+        output, _, _ = layer(x)
+        assert not output[1].isfinite().any()
+        torch.testing.assert_close(output[::2], layer(x[::2])[0])
+
+
 def test_autocast_and_mixed_dtypes() -> None:
     layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E).eval()
     x = torch.randn(5, D)
@@ -267,6 +285,7 @@ def test_a_layer_without_its_group_says_what_to_call() -> None:
         ({"sparsity": {"alpha": 0.5}}, r"remoe\.sparsity\.alpha = 0\.5"),
         ({"sparsity": {"lambda": 1.0}}, r"remoe\.sparsity\.lambda"),
         (None, "remoe = None: must be an object"),
+        ({"sparsity": {"lambda_init": math.inf}}, r"remoe\.sparsity\.lambda_init = inf"),
     ],
 )
 def test_initialize_refuses_a_wrong_section(remoe: dict[str, Any] | None, message: str) -> None:

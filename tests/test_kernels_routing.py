@@ -129,13 +129,16 @@ def test_backward_keeps_no_dense_weights() -> None:
     assert sorted(tensor.nbytes for tensor in kept.values()) == sorted([E * T, 8 * int(routing.counts_E.sum())])
 
 
-def test_a_nan_logit_shows_in_the_loss_and_routes_nothing() -> None:
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_logit_that_is_not_finite_is_a_pair_that_shows_it(bad: float) -> None:
     logits = make_logits(E, T, 0.3, 0)
-    logits[2, 5] = math.nan
-    routing, sums = Routing.from_relu_(logits)
+    logits[2, 5] = bad
+    routing, sums = Routing.from_relu_(logits.clone())
     assert sums.isnan().tolist() == [e == 2 for e in range(E)]
-    assert not routing.mask_TE[5, 2]
-    assert not routing.pairs().weights_N.isnan().any()
+    assert routing.mask_TE[5, 2]
+    assert routing.pairs().weights_N.isnan().sum() == 1
+    unused = torch.arange(T) != 5
+    assert not Routing.from_relu_(logits, unused)[1].isnan().any()
 
 
 def test_logits_by_token_are_refused() -> None:
@@ -221,10 +224,12 @@ def compare_with_twin(device: str) -> None:
     relu_routing_triton.WANTED_BLOCK = 32
     compare(5, 150, 0.4, True)
 
-    logits = torch.tensor([[math.nan, 1.0], [2.0, -1.0]], device=device)
-    found = relu_routing.activate_(logits)
-    assert found.weight_sums_E.isnan().tolist() == [True, False]
-    assert found.mask_ET.tolist() == [[False, True], [True, False]]
+    logits = torch.tensor([[math.nan, 1.0], [2.0, -1.0], [-1.0, -math.inf], [math.inf, -1.0]], device=device)
+    for activate_ in (relu_routing.activate_, relu_routing.torch_activate_):
+        found = activate_(logits.clone())
+        assert found.weight_sums_E.isnan().tolist() == [True, False, True, False]
+        assert found.weight_sums_E[3] == math.inf
+        assert found.mask_ET.tolist() == [[True, True], [True, False], [False, True], [True, False]]
 
     torch.manual_seed(0)
     router = ReLURouter(6, 4, 1).to(device).eval()

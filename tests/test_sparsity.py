@@ -148,6 +148,41 @@ def test_state_survives_exactly() -> None:
         second.load_state_dict({"coefficient": 1.0})
 
 
+@pytest.mark.parametrize("router", [ReLURouter(D, 4, 1), TopKRouter(D, 4, 1)])
+def test_a_step_that_is_not_finite_leaves_lambda(router: ReLURouter | TopKRouter) -> None:
+    model = nn.ModuleList([*routers((4, 1)), router])
+    controller = SparsityController(model)
+    x = tokens(0)
+    x[2, 1] = math.nan
+    for module in model:
+        module(x)
+    report = controller.step()
+    assert report is not None
+    assert all(math.isnan(layer.aux_loss) for layer in report.layers)
+    assert (controller.coefficient, controller.history) == (1e-8, [])
+    model[0](tokens(0))
+    controller.step()
+    assert len(controller.history) == 1
+
+
+def test_lambda_that_nothing_follows_does_not_become_infinite() -> None:
+    controller = SparsityController(routers((4, 1)), SparsityConfig(lambda_init=1e37, alpha=10))
+    dense = RoutingReport((LayerRouting(0, 100, (100,) * 4, (1.0,) * 4, 0.5),))
+    controller.update(dense)
+    with pytest.raises(OverflowError, match=r"λ = 1e\+39 after 2 optimizer steps.* add each layer's l_aux to the loss"):
+        controller.update(dense)
+    assert controller.coefficient == pytest.approx(1e38)
+    with pytest.raises(ValueError, match="coefficient = inf"):
+        controller.load_state_dict({"coefficient": math.inf, "history": []})
+
+
+def test_lambda_comes_back_from_nearly_zero() -> None:
+    rule, coefficient = SignRule(1e100), 1.0
+    for _ in range(5):
+        coefficient = rule.next(coefficient, 0.9, 0.5)
+    assert rule.next(coefficient, 0.1, 0.5) > 0
+
+
 def test_another_rule_can_stand_beside_the_papers() -> None:
     class Proportional:
         def next(self, coefficient: float, sparsity: float, target: float) -> float:

@@ -2,11 +2,15 @@
 
 All of it is expert-major, [E, T]: the pairs of an expert then lie side by side in memory, in the order in which the
 experts want them, and listing them needs no sort. Only the mask and the pairs' positions are kept for backward.
+
+A logit of NaN or -inf has the weight NaN and is active, so that a token that is not finite comes out of the layer as
+such: by ReLU alone it would pass no expert, and its output of zero would hide it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -22,9 +26,9 @@ class Activation:
     """What `activate_` finds.
 
     Attributes:
-        mask_ET: bool, True where the weight is positive.
+        mask_ET: bool, True where the weight is not zero.
         counts_E: int64, active tokens of each expert.
-        weight_sums_E: sum of each expert's weights, in their dtype; NaN where one of its logits is NaN.
+        weight_sums_E: sum of each expert's weights, in their dtype; NaN where one of its weights is.
         block_starts: int64 [E, blocks of tokens], number of pairs listed before each block, for the Triton kernels;
             None where the twin ran.
     """
@@ -144,10 +148,10 @@ def compact_backward(grad_weights_N: Tensor, mask_ET: Tensor, positions: Tensor)
 
 def torch_activate_(logits_ET: Tensor, used_T: Tensor | None = None) -> Activation:
     """The plain-torch twin."""
-    weights_ET = logits_ET.relu_()
+    weights_ET = logits_ET.masked_fill_(logits_ET == -math.inf, math.nan).relu_()
     if used_T is not None:
         weights_ET.masked_fill_(~used_T, 0.0)
-    mask_ET = weights_ET > 0
+    mask_ET = weights_ET != 0
     return Activation(mask_ET, mask_ET.sum(dim=1), weights_ET.sum(dim=1), None)
 
 

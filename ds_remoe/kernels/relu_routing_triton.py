@@ -36,7 +36,8 @@ def _activate(logits, used, mask, block_counts, block_sums, tokens, HAS_USED: tl
     if HAS_USED:
         logit = tl.where(tl.load(used + token, mask=inside, other=0) != 0, logit, 0.0)
     weight = tl.where(logit <= 0, 0.0, logit)  # not a maximum: NaN stays
-    active = weight > 0
+    weight = tl.where(logit == float("-inf"), float("nan"), weight)
+    active = weight != 0
     tl.store(logits + place, weight, mask=inside)
     tl.store(mask + place, active.to(tl.uint8), mask=inside)
     block = expert * tl.num_programs(0) + tl.program_id(0)

@@ -42,7 +42,7 @@ class Routing:
 
     @classmethod
     def from_relu_(cls, logits_ET: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
-        """Route by ReLU(logits), the mask being its positive entries.
+        """Route by ReLU(logits), the mask being its non-zero entries; see `relu_routing` for what is not finite.
 
         Args:
             logits_ET: fp32 or fp64, contiguous; overwritten with the weights.

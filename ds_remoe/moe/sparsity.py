@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from ds_remoe.config.schema import SparsityConfig
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, StatisticsSlot, connect_all
+
+_MOST = torch.finfo(torch.float32).max  # beyond it the routers' loss is infinite
 
 
 class CoefficientRule(Protocol):
@@ -33,7 +37,8 @@ class SignRule:
         """One step of (7)."""
         if sparsity < target:
             return coefficient * self.alpha
-        return coefficient / self.alpha if sparsity > target else coefficient
+        # From zero no factor leads back.
+        return max(coefficient / self.alpha, sys.float_info.min) if sparsity > target else coefficient
 
 
 class SparsitySlot:
@@ -127,7 +132,7 @@ class SparsityController:
 
     Attributes:
         coefficient: λ that the next forward pass uses.
-        history: (λ, S) of each optimizer step so far, λ as it was in that step.
+        history: (λ, S) of each optimizer step so far that moved λ by the rule, λ as it was in that step.
         target_sparsity: 1 − Σ_l k_l / Σ_l E_l.
     """
 
@@ -183,13 +188,24 @@ class SparsityController:
         return report
 
     def update(self, report: RoutingReport) -> None:
-        """Move λ by the rule for a step with this routing."""
+        """Move λ by the rule for a step with this routing; it stays where a regulariser is NaN or infinite.
+
+        Raises:
+            OverflowError: λ is no longer a finite fp32 number.
+        """
         layers = tuple(layer for layer in report.layers if layer.index in self._steered)
-        if not layers:
+        if not layers or not all(math.isfinite(layer.aux_loss) for layer in layers):
             return
         sparsity = RoutingReport(layers).sparsity
+        coefficient = self.rule.next(self.coefficient, sparsity, self.target_sparsity)
+        if not abs(coefficient) <= _MOST:
+            raise OverflowError(
+                f"λ = {coefficient:g} after {len(self.history) + 1} optimizer steps: the routing does not follow it "
+                f"(sparsity {sparsity:.3f}, target {self.target_sparsity:.3f}); add each layer's l_aux to the loss, "
+                "and leave the routers' weights (wg.weight) trainable"
+            )
         self.history.append((self.coefficient, sparsity))
-        self._set_coefficient(self.rule.next(self.coefficient, sparsity, self.target_sparsity))
+        self._set_coefficient(coefficient)
 
     def state_dict(self) -> dict[str, Any]:
         """λ and its history at full precision."""
@@ -200,6 +216,10 @@ class SparsityController:
         missing = {"coefficient", "history"} - state.keys()
         if missing:
             raise KeyError(f"SparsityController.load_state_dict: the state lacks {sorted(missing)}")
+        if not math.isfinite(state["coefficient"]):
+            raise ValueError(
+                f"SparsityController.load_state_dict: coefficient = {state['coefficient']}: must be finite"
+            )
         self.history = [(float(coefficient), float(sparsity)) for coefficient, sparsity in state["history"]]
         self._set_coefficient(float(state["coefficient"]))
 
