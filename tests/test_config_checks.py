@@ -88,6 +88,12 @@ CASES: dict[str, Case] = {
         0,
         "must be positive",
     ),
+    "empty bucket to gather": (
+        ["zero_optimization.allgather_bucket_size=0"],
+        "zero_optimization.allgather_bucket_size",
+        0,
+        "must be positive",
+    ),
     "gradients scaled before": (["prescale_gradients=true"], "prescale_gradients", True, "set zero_optimization.stage"),
     "gradients divided before": (
         ["gradient_predivide_factor=2"],
