@@ -76,8 +76,11 @@ def test_bf16_loss_is_fp32_and_gradients_are_nearly_as_exact_as_torch_s() -> Non
         assert (mine - right).norm() <= 1.25 * (other - right).norm()
 
 
-def test_all_labels_ignored_is_zero_with_zero_gradients() -> None:
+@pytest.mark.parametrize("sequences", [0, BATCH])
+def test_no_label_to_predict_is_zero_with_zero_gradients(sequences: int) -> None:
+    """Where all are ignored, or there are none, as on a rank whose share of a batch is empty."""
     x, head, labels = make_case(torch.float32, ignored=1.1)
+    x, labels = x.detach()[:sequences].requires_grad_(), labels[:sequences]
     got = head_loss(x, head, labels)
     got.backward()
     assert got == 0

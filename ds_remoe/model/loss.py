@@ -31,7 +31,7 @@ def block_tokens(vocab_size: int) -> int:
 
 
 def head_loss(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean cross entropy in nats of the logits x · headᵀ over the labels that are not -100; 0 where all are.
+    """Mean cross entropy in nats of the logits x · headᵀ over the labels that are not -100; 0 without any.
 
     Logits are in the dtype of `x_BSD` and `head_VD`, or of autocast, as nn.Linear's; their softmax and the loss are in
     fp32 or wider. The head's gradient is summed over the blocks in fp32 or wider.
@@ -98,8 +98,8 @@ def _scaled(grad: Tensor | None, dtype: torch.dtype, by: Tensor) -> Tensor | Non
 
 
 def _blocks(tokens: int, limit: int) -> list[slice]:
-    """Even blocks of at most `limit` tokens."""
-    number = -(-tokens // limit)
+    """Even blocks of at most `limit` tokens, at least one."""
+    number = max(-(-tokens // limit), 1)
     return [slice(tokens * i // number, tokens * (i + 1) // number) for i in range(number)]
 
 
