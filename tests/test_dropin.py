@@ -259,6 +259,12 @@ def test_clipping_measures_what_fp32_squares_cannot() -> None:
         ({"router": "hash"}, "router = 'hash': must be 'relu' or 'topk'"),
         ({"enable_expert_tensor_parallelism": True}, "enable_expert_tensor_parallelism = True: not supported"),
         ({"expert": SwiGLU(D + 1, 4)}, "its width is 9, but hidden_size = 8"),
+        ({"ep_size": 0}, "ep_size = 0: must be at least 1"),
+        ({"hidden_size": -8}, "hidden_size = -8: must be at least 1"),
+        ({"activation_budget": math.inf}, "activation_budget = inf: must be a finite number of at least 0.25"),
+        ({"activation_budget": math.nan}, "activation_budget = nan: must be a finite number of at least 0.25"),
+        ({"activation_budget": -1.0}, "activation_budget = -1: must be a finite number of at least 0.25"),
+        ({"router": "topk", "aux_loss_coefficient": -1.0}, "aux_loss_coefficient = -1: must be a finite number"),
     ],
 )
 def test_wrong_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -267,9 +273,48 @@ def test_wrong_arguments_are_refused(kwargs: dict[str, Any], message: str) -> No
         ds_remoe.MoE(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"k": 1.5}, "k = 1.5: must be a whole number, not float"),
+        ({"num_experts": "4"}, "num_experts = '4': must be a whole number, not str"),
+        ({"ep_size": 2.0}, "ep_size = 2.0: must be a whole number, not float"),
+        ({"hidden_size": 8.0}, "hidden_size = 8.0: must be a whole number, not float"),
+        ({"activation_budget": "1"}, "activation_budget = '1': must be a number, not str"),
+        ({"router": "topk", "aux_loss_coefficient": "x"}, "aux_loss_coefficient = 'x': must be a number, not str"),
+        ({"hierarchical_all_to_all": "yes"}, "hierarchical_all_to_all = 'yes': must be True or False"),
+        ({"expert": SwiGLU}, "must be a module, such as ds_remoe.SwiGLU"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ds_remoe.MoE(**{"hidden_size": D, "expert": expert("swiglu"), "num_experts": E, **kwargs})
+
+
+def test_tokens_and_experts_of_another_width_are_refused() -> None:
+    layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E).eval()
+    with pytest.raises(ValueError, match="hidden_states have width 9, but hidden_size = 8"):
+        layer(torch.ones(2, D + 1))
+
+
+@pytest.mark.parametrize("width", [(), (1,)])
+def test_an_expert_that_returns_another_shape_is_refused(width: tuple[int, ...]) -> None:
+    class Mean(nn.Module):
+        """A row for all tokens, which would be multiplied by each token's weight, or a number for each token."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=1, keepdim=True) if width else x.mean(dim=0, keepdim=True)
+
+    layer = ds_remoe.MoE(D, Mean(), num_experts=1).eval()
+    with pytest.raises(ValueError, match=r"expert: turns \[\d+, 8\] into \[\d+, \d\]; a row of hidden_size must come"):
+        layer(torch.randn(30, D))
+
+
 def test_arguments_without_effect_are_told() -> None:
     with pytest.warns(UserWarning, match=r"capacity_factor=1\.5, use_rts=False has no effect"):
         ds_remoe.MoE(D, expert("swiglu"), num_experts=E, capacity_factor=1.5, use_rts=False, drop_tokens=False)
+    with pytest.warns(UserWarning, match=r"aux_loss_coefficient=0\.1 has no effect with router='relu'"):
+        ds_remoe.MoE(D, expert("swiglu"), num_experts=E, aux_loss_coefficient=0.1)
 
 
 def test_a_layer_without_its_group_says_what_to_call() -> None:

@@ -7,13 +7,15 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ds_remoe.config.schema import SparsityConfig
-from ds_remoe.moe import MoE, SwiGLU
+from ds_remoe.moe import MoE, ReLUGate, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, TopKRouter
 from ds_remoe.moe.sparsity import SignRule, SparsityController
 from ds_remoe.moe.statistics import LayerRouting, RoutingReport, connect_all
@@ -297,10 +299,27 @@ def test_logits_stay_in_fp32_under_autocast() -> None:
     assert torch.equal(got.weights_TE, expected.weights_TE)
 
 
-@pytest.mark.parametrize("k", [0, 5])
-def test_k_out_of_range_is_refused(k: int) -> None:
-    with pytest.raises(ValueError, match=f"k = {k}: must be between 1 and num_experts = 4"):
-        ReLURouter(D, 4, k)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((D, 4, 0), ValueError, "k = 0: must be at least 1"),
+        ((D, 4, 5), ValueError, "k = 5: must be between 1 and num_experts = 4"),
+        ((D, 4, 1.5), TypeError, r"k = 1\.5: must be a whole number, not float"),
+        ((D, 4, "1"), TypeError, "k = '1': must be a whole number, not str"),
+        ((D, 4, True), TypeError, "k = True: must be a whole number, not bool"),
+        ((D, 4.0, 1), TypeError, r"num_experts = 4\.0: must be a whole number"),
+        ((D, 0, 1), ValueError, "num_experts = 0: must be at least 1"),
+        (("6", 4, 1), TypeError, "model_dim = '6': must be a whole number"),
+    ],
+)
+def test_wrong_sizes_of_a_gate_are_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ReLUGate(*arguments)
+
+
+def test_a_whole_number_may_be_numpys() -> None:
+    gate = ReLUGate(np.int64(D), np.int32(4), np.int64(1))
+    assert [type(gate.num_experts), type(gate.k)] == [int, int]
 
 
 def test_a_second_controller_of_the_same_routers_says_so() -> None:

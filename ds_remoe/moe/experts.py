@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_remoe.kernels.pair_groups import PairGroups, sum_dtype
+from ds_remoe.moe.arguments import whole_number
 from ds_remoe.moe.budget import ActivationBudget
 from ds_remoe.moe.budgeted_swiglu import budgeted_swiglu
 from ds_remoe.moe.dispatch import Dispatched
@@ -36,6 +37,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()
+        hidden_size = whole_number("hidden_size", hidden_size)
+        ffn_hidden_size = whole_number("ffn_hidden_size", ffn_hidden_size)
         self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
@@ -217,8 +220,13 @@ class ModuleExperts(nn.ModuleList):
 
 
 def _run_weighted(expert: nn.Module, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    result = expert(rows.index_select(0, ids))
+    tokens = rows.index_select(0, ids)
+    result = expert(tokens)
     result = result[0] if isinstance(result, tuple) else result
+    if result.shape != tokens.shape:
+        raise ValueError(
+            f"expert: turns {list(tokens.shape)} into {list(result.shape)}; a row of hidden_size must come of each row"
+        )
     return cast(Tensor, result * weights.unsqueeze(-1))
 
 

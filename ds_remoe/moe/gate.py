@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_remoe.moe.arguments import whole_number
 from ds_remoe.moe.routers import ReLURouter
 from ds_remoe.moe.routing import Routing
 
@@ -27,7 +28,7 @@ class ReLUGate(ReLURouter):
     """
 
     def __init__(self, model_dim: int, num_experts: int, k: int = 1) -> None:
-        super().__init__(model_dim, num_experts, k)
+        super().__init__(whole_number("model_dim", model_dim), num_experts, k)
         self.ep_group: dist.ProcessGroup | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
+from ds_remoe.moe.arguments import finite_number, whole_number
 from ds_remoe.moe.budget import LEAST_BUDGET, ActivationBudget, settled_rows
 from ds_remoe.moe.dispatch import LastDispatch, NodeGroups, combine, node_groups, start_dispatch
 from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
@@ -26,6 +27,7 @@ _CAPACITY_DEFAULTS: dict[str, Any] = {
     "use_tutel": False,
     "top2_2nd_expert_sampling": True,
 }
+_SWITCH_COEFFICIENT = 0.01
 _WIRE_DTYPES = {"auto": None, "bf16": torch.bfloat16}
 
 
@@ -59,6 +61,9 @@ class MoE(DeepSpeedMoE):
             "bf16", rounded while everything is computed in the wider dtype. Needs ep_size > 1.
         hierarchical_all_to_all: a token crosses to another node once, and is spread there; for expert-parallel groups
             over several nodes. Needs ep_size > 1, and the ranks of a node in LOCAL_WORLD_SIZE or LOCAL_SIZE.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of its range; the message has name and value.
     """
 
     def __init__(
@@ -80,14 +85,19 @@ class MoE(DeepSpeedMoE):
         top2_2nd_expert_sampling: bool = True,
         *,
         router: Literal["relu", "topk"] = "relu",
-        aux_loss_coefficient: float = 0.01,
+        aux_loss_coefficient: float = _SWITCH_COEFFICIENT,
         expert_init: Literal["redraw", "copy"] = "redraw",
         activation_budget: float | None = 1.25,
         wire_dtype: Literal["auto", "bf16"] = "auto",
         hierarchical_all_to_all: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        if ep_size < 1 or num_experts % ep_size:
+        hidden_size = whole_number("hidden_size", hidden_size)
+        num_experts = whole_number("num_experts", num_experts)
+        ep_size = whole_number("ep_size", ep_size)
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"expert = {expert!r}: must be a module, such as ds_remoe.SwiGLU(hidden_size, width)")
+        if num_experts % ep_size:
             raise ValueError(f"ep_size = {ep_size}: must divide num_experts = {num_experts}")
         if enable_expert_tensor_parallelism:
             raise ValueError("enable_expert_tensor_parallelism = True: not supported; use a larger ep_size instead")
@@ -108,19 +118,25 @@ class MoE(DeepSpeedMoE):
         gate: Router
         if router == "relu":
             gate = ReLURouter(hidden_size, num_experts, k)
+            if aux_loss_coefficient != _SWITCH_COEFFICIENT:
+                warnings.warn(
+                    f"ds_remoe.MoE: aux_loss_coefficient={aux_loss_coefficient!r} has no effect with router='relu', "
+                    "whose coefficient is λ of the SparsityController",
+                    stacklevel=2,
+                )
         elif router == "topk":
             gate = TopKRouter(hidden_size, num_experts, k, aux_loss_coefficient)
         else:
             raise ValueError(f"router = {router!r}: must be 'relu' or 'topk'")
         if expert_init not in ("redraw", "copy"):
             raise ValueError(f"expert_init = {expert_init!r}: must be 'redraw' or 'copy'")
-        if activation_budget is not None and not activation_budget >= LEAST_BUDGET:
-            raise ValueError(
-                f"activation_budget = {activation_budget}: must be at least {LEAST_BUDGET}, the share of the expected "
-                "pairs that go through at once; None keeps every pre-activation"
-            )
+        if activation_budget is not None:
+            why = ", the share of the expected pairs that go through at once; None keeps every pre-activation"
+            activation_budget = finite_number("activation_budget", activation_budget, LEAST_BUDGET, why)
         if expert_init == "copy" and any(p.is_meta for p in expert.parameters()):
             raise ValueError("expert_init = 'copy': the expert is on the meta device and has no weights to copy")
+        if not isinstance(hierarchical_all_to_all, bool):
+            raise TypeError(f"hierarchical_all_to_all = {hierarchical_all_to_all!r}: must be True or False")
         if wire_dtype not in _WIRE_DTYPES:
             raise ValueError(f"wire_dtype = {wire_dtype!r}: must be 'auto' or 'bf16'")
         if ep_size == 1 and wire_dtype != "auto":

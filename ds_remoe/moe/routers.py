@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_remoe.kernels.first_order import first_order
+from ds_remoe.moe.arguments import finite_number, whole_number
 from ds_remoe.moe.routing import Routing
 from ds_remoe.moe.sparsity import SparsitySlot, at_least_one
 from ds_remoe.moe.statistics import StatisticsSlot
@@ -24,7 +25,9 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
         super().__init__()
-        if not 1 <= k <= num_experts:
+        hidden_size, num_experts = whole_number("hidden_size", hidden_size), whole_number("num_experts", num_experts)
+        k = whole_number("k", k)
+        if k > num_experts:
             raise ValueError(f"k = {k}: must be between 1 and num_experts = {num_experts}")
         self.wg = nn.Linear(hidden_size, num_experts, bias=False)
         self.num_experts = num_experts
@@ -32,7 +35,13 @@ class Router(nn.Module):
         self.statistics = StatisticsSlot()
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """x W in fp32 (fp64 for fp64 input), whatever the dtype of the weights: [E, T], contiguous."""
+        """x W in fp32 (fp64 for fp64 input), whatever the dtype of the weights: [E, T], contiguous.
+
+        Raises:
+            ValueError: the tokens have another width than the router.
+        """
+        if x_TD.shape[1] != self.wg.in_features:
+            raise ValueError(f"hidden_states have width {x_TD.shape[1]}, but hidden_size = {self.wg.in_features}")
         logits: Tensor = _Logits.apply(x_TD, self.wg.weight)
         return logits
 
@@ -99,7 +108,7 @@ class TopKRouter(Router):
 
     def __init__(self, hidden_size: int, num_experts: int, k: int, aux_loss_coefficient: float = 0.01) -> None:
         super().__init__(hidden_size, num_experts, k)
-        self.aux_loss_coefficient = aux_loss_coefficient
+        self.aux_loss_coefficient = finite_number("aux_loss_coefficient", aux_loss_coefficient, 0.0)
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> tuple[Routing, Tensor]:
         """Route to the k experts of the largest probability."""
