@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import hjson
 import torch
 import torch.distributed as dist
@@ -36,8 +37,10 @@ __all__ = [
     "refresh_learning_rate",
     "replace_stage0_clipping",
     "schedule_may_be_new",
+    "require_ranks",
     "set_subgroup_timeout",
     "use_gloo_only",
+    "with_group_names",
     "without_update",
     "zero_norm_veto",
 ]
@@ -59,6 +62,51 @@ def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
     for parameter in module.parameters():
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = group_name  # type: ignore[attr-defined]
+
+
+def with_group_names(model_parameters: Any) -> Any:
+    """Parameter groups as DeepSpeed's split for experts takes them: each with a list and a name of its own.
+
+    It goes through a group's parameters twice, and by the group's name keeps the experts' settings: those of two groups
+    of one name would be the second's. What is no list of groups, or is split already, is left as it is.
+
+    Raises:
+        ValueError: two groups have the same name.
+    """
+    groups = list(model_parameters) if isinstance(model_parameters, list | tuple) else []
+    if not groups or not all(isinstance(group, dict) and "moe" not in group for group in groups):
+        return model_parameters
+    names = [group.get("name", f"parameters {index}") for index, group in enumerate(groups)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"model_parameters: two groups have the name {twice!r}, and DeepSpeed would give the experts of both the "
+            "second's settings; give each a name of its own"
+        )
+    return [
+        {**group, "name": name, "params": [given] if isinstance(given := group["params"], Tensor) else list(given)}
+        for group, name in zip(groups, names, strict=True)
+    ]
+
+
+def require_ranks(ep_size: int) -> None:
+    """See that expert-parallel groups of `ep_size` ranks can be made.
+
+    Raises:
+        RuntimeError: there is no process group.
+        ValueError: ep_size does not divide the number of ranks.
+    """
+    if not deepspeed.comm.is_initialized():
+        raise RuntimeError(
+            f"MoE with ep_size = {ep_size}: there is no process group yet; call ds_remoe.initialize, or "
+            "deepspeed.init_distributed() before"
+        )
+    ranks = dist.get_world_size()
+    if ranks % ep_size:
+        raise ValueError(
+            f"ep_size = {ep_size}: must divide the number of ranks, which is {ranks}; lower it, or start more ranks "
+            f"(deepspeed --num_gpus {ep_size} script.py)"
+        )
 
 
 def launched_rank() -> int:

@@ -151,8 +151,46 @@ def copy_the_layer() -> list[str]:
     return wrong
 
 
+def parameter_groups() -> list[str]:
+    """Groups without names, one of them an iterator; DeepSpeed splits the experts off and keeps their settings."""
+    model = UserModel(ds_remoe.MoE, expert("swiglu"), ep_size=2)
+    matrices = (p for p in model.parameters() if p.dim() > 1)
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": 0.25},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    engine, *_ = ds_remoe.initialize(model=model, model_parameters=groups, config=config(0))
+    found = {id(p): group["weight_decay"] for group in engine.optimizer.param_groups for p in group["params"]}
+    wrong = []
+    for name, p in model.named_parameters():
+        if found.get(id(p)) != (0.25 if p.dim() > 1 else 0.0):
+            wrong.append(f"{name}: weight decay {found.get(id(p))}")
+    steps(engine, 0, 1)
+    named = [{"params": list(part.parameters()), "name": "mine"} for part in (model.stem, model.moe)]
+    refused = {
+        "model_parameters: two groups have the name 'mine'": lambda: ds_remoe.initialize(
+            model=model, model_parameters=named, config=config(1)
+        ),
+        "ep_size = 4: must divide the number of ranks, which is 2": lambda: build("swiglu", 1, 0, ep_size=4),
+    }
+    for message, make_engine in refused.items():
+        try:
+            make_engine()
+            wrong.append(f"nothing said {message}")
+        except ValueError as error:
+            if message not in str(error):
+                wrong.append(f"{error}, not {message}")
+    return wrong
+
+
 def drop_in_cases(folder: str) -> list[str]:
-    return train_save_resume(f"{folder}/ours") + load_stock_checkpoint(f"{folder}/stock") + copy_the_layer()
+    return [
+        *train_save_resume(f"{folder}/ours"),
+        *load_stock_checkpoint(f"{folder}/stock"),
+        *copy_the_layer(),
+        *parameter_groups(),
+    ]
 
 
 def test_deepspeeds_way_of_using_moe(tmp_path: Path) -> None:
@@ -321,22 +359,35 @@ def test_a_layer_without_its_group_says_what_to_call() -> None:
     layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E, ep_size=2).eval()
     with pytest.raises(RuntimeError, match=r"ep_size = 2: .* ds_remoe\.initialize"):
         layer(torch.randn(3, D))
+    with pytest.raises(RuntimeError, match=r"ep_size = 2: there is no process group yet; call ds_remoe\.initialize"):
+        layer.set_deepspeed_parallelism()
 
 
 @pytest.mark.parametrize(
     ("remoe", "message"),
     [
-        ({"sparsty": {}}, "unknown key 'sparsty'"),
+        ({"sparsty": {}}, r"remoe\.sparsty = {}: unknown key; did you mean sparsity\?"),
+        ({"sparsity": {"alhpa": 1.3}}, r"remoe\.sparsity\.alhpa = 1\.3: unknown key; did you mean alpha\?"),
+        ({"moe": {"k": 2}, "sparsity": {}}, r"remoe\.moe = .*: initialize reads remoe\.sparsity alone"),
+        ({"model": {}, "train": {"stps": 1}}, r"remoe\.train\.stps = 1: unknown key; did you mean steps\?"),
         ({"sparsity": {"alpha": 0.5}}, r"remoe\.sparsity\.alpha = 0\.5"),
         ({"sparsity": {"lambda": 1.0}}, r"remoe\.sparsity\.lambda"),
-        (None, "remoe = None: must be an object"),
-        ({"sparsity": {"lambda_init": math.inf}}, r"remoe\.sparsity\.lambda_init = inf"),
+        (None, "remoe = null: must be an object"),
+        ({"sparsity": {"lambda_init": math.inf}}, r"remoe\.sparsity\.lambda_init = Infinity: must be a finite number"),
     ],
 )
 def test_initialize_refuses_a_wrong_section(remoe: dict[str, Any] | None, message: str) -> None:
     model = UserModel(ds_remoe.MoE, expert("swiglu"))
     with pytest.raises(ValueError, match=message):
         ds_remoe.initialize(model=model, config={**config(1), "remoe": remoe})
+
+
+@pytest.mark.parametrize("key", ["remo", "ReMoE"])
+def test_initialize_refuses_a_section_of_nearly_its_name(key: str) -> None:
+    given = config(1)
+    given[key] = given.pop("remoe")
+    with pytest.raises(ValueError, match=rf"{key} = .*: unknown key; did you mean remoe\?"):
+        ds_remoe.initialize(model=UserModel(ds_remoe.MoE, expert("swiglu")), config=given)
 
 
 def test_experts_without_parameters_and_on_the_meta_device() -> None:

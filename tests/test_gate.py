@@ -80,6 +80,13 @@ def test_in_the_stock_layer_over_two_ranks() -> None:
     assert max(run_ranks(check_stock_layer, 2, 2)) < 1e-6  # the stock layer combines in fp32
 
 
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_a_layer_of_another_number_of_experts_is_refused(experts: int) -> None:
+    layer = MOELayer(ReLUGate(D, E), Experts(nn.Linear(D, D), experts, "ep_size_1"), "ep_size_1", 1, experts)
+    with pytest.raises(ValueError, match=rf"ReLUGate has num_experts = {E}, but the layer {experts} \(num_local"):
+        SparsityController(nn.Sequential(layer))
+
+
 @pytest.mark.parametrize("shift", [0.0, -50.0, 50.0], ids=["random", "empty", "full"])
 def test_the_dense_protocol_of_older_releases(shift: float) -> None:
     torch.manual_seed(0)

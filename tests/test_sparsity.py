@@ -207,6 +207,16 @@ def test_a_router_without_controller_says_so_once() -> None:
         model[0](tokens(0))
 
 
+def test_the_settings_may_be_a_dict() -> None:
+    controller = SparsityController(routers((4, 1)), {"alpha": 1.5, "lambda_init": 0.25})
+    assert controller.config == SparsityConfig(alpha=1.5, lambda_init=0.25)
+    assert controller.rule == SignRule(1.5)
+    with pytest.raises(ValueError, match=r"remoe\.sparsity\.alhpa = 1\.5: unknown key; did you mean alpha\?"):
+        SparsityController(routers((4, 1)), {"alhpa": 1.5})
+    with pytest.raises(TypeError, match=r"config = 1\.5: must be a dict"):
+        SparsityController(routers((4, 1)), 1.5)
+
+
 def test_a_model_without_relu_routers_is_refused() -> None:
     with pytest.raises(ValueError, match="no ReLU router"):
         SparsityController(nn.Linear(3, 3))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ds_remoe.config.problems import MISSING, ConfigProblem, join, unknown_key
-from ds_remoe.config.schema import ReMoEConfig
+from ds_remoe.config.schema import ReMoEConfig, SparsityConfig
 
 
 def parse_remoe(section: Any) -> tuple[ReMoEConfig | None, list[ConfigProblem]]:
@@ -26,6 +26,16 @@ def parse_remoe(section: Any) -> tuple[ReMoEConfig | None, list[ConfigProblem]]:
         return ReMoEConfig.model_validate(section), []
     except ValidationError as error:
         return None, [_problem(section, detail) for detail in error.errors(include_url=False)]
+
+
+def parse_sparsity(values: Any) -> tuple[SparsityConfig | None, list[ConfigProblem]]:
+    """Validate "remoe.sparsity" by itself, as `parse_remoe` does the whole section."""
+    try:
+        return SparsityConfig.model_validate(values), []
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        within = [ErrorDetails({**detail, "loc": ("sparsity", *detail["loc"])}) for detail in found]
+        return None, [_problem({"sparsity": values}, detail) for detail in within]
 
 
 def _problem(section: Any, detail: ErrorDetails) -> ConfigProblem:

@@ -19,7 +19,8 @@ class ReLUGate(ReLURouter):
 
     It speaks both gate protocols: from DeepSpeed 0.19.4 `gate(x, used_token, True, use_tutel)` is asked for routes,
     before that `gate(x, used_token)` for dense masks. The stock layer pads every expert to the largest count over the
-    ranks; `ds_remoe.MoE` does not.
+    ranks; `ds_remoe.MoE` does not. A gate of another number of experts than its layer is refused by
+    `ds_remoe.initialize` and `SparsityController`, as the layer would mix experts up.
 
     Args:
         model_dim: D.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters
+from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters, require_ranks
 from ds_remoe.moe.arguments import finite_number, whole_number
 from ds_remoe.moe.budget import LEAST_BUDGET, ActivationBudget, settled_rows
 from ds_remoe.moe.dispatch import LastDispatch, NodeGroups, combine, node_groups, start_dispatch
@@ -161,6 +161,7 @@ class MoE(DeepSpeedMoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Make or find the process groups; the engine calls this on every rank."""
+        require_ranks(self.ep_size)
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         if self.hierarchical_all_to_all:
             assert self.deepspeed_moe.ep_group is not None

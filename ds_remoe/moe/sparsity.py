@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_remoe.config.problems import ConfigError
 from ds_remoe.config.schema import SparsityConfig
+from ds_remoe.config.typed import parse_sparsity
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, StatisticsSlot, connect_all
 
 _MOST = torch.finfo(torch.float32).max  # beyond it the routers' loss is infinite
@@ -127,17 +130,26 @@ class SparsityController:
 
     Args:
         model: module that holds at least one ReLU router (in a `ds_remoe.MoE` or as a `ds_remoe.ReLUGate`).
-        config: λ_0, α, regulariser and scope of the balance weight.
+        config: λ_0, α, regulariser and scope of the balance weight; also as a dict, as in `remoe.sparsity` of a JSON.
         rule: how λ moves; default: the paper's rule with config.alpha.
 
     Attributes:
         coefficient: λ that the next forward pass uses.
         history: (λ, S) of each optimizer step so far that moved λ by the rule, λ as it was in that step.
         target_sparsity: 1 − Σ_l k_l / Σ_l E_l.
+
+    Raises:
+        TypeError: config is of another kind.
+        ValueError: config has an unknown key or a wrong value; the model has no ReLU router, or one in an `MOELayer` of
+            another number of experts.
     """
 
     def __init__(
-        self, model: nn.Module, config: SparsityConfig | None = None, *, rule: CoefficientRule | None = None
+        self,
+        model: nn.Module,
+        config: SparsityConfig | Mapping[str, Any] | None = None,
+        *,
+        rule: CoefficientRule | None = None,
     ) -> None:
         routers = find_routers(model)
         steered = [(index, router) for index, router in enumerate(routers) if hasattr(router, "control")]
@@ -146,7 +158,9 @@ class SparsityController:
                 "SparsityController: the model has no ReLU router; build it with ds_remoe.MoE(router='relu') or "
                 "put a ds_remoe.ReLUGate into its MOELayer"
             )
-        self.config = config if config is not None else SparsityConfig()
+        for layer in model.modules():
+            _check_gate(layer)
+        self.config = _typed(config)
         self.rule: CoefficientRule = rule if rule is not None else SignRule(self.config.alpha)
         self.coefficient = self.config.lambda_init
         self.history: list[tuple[float, float]] = []
@@ -227,6 +241,30 @@ class SparsityController:
         self.coefficient = coefficient
         if self._device_coefficient is not None:
             self._device_coefficient.fill_(coefficient / self.num_layers)
+
+
+def _typed(config: Any) -> SparsityConfig:
+    if config is None or isinstance(config, SparsityConfig):
+        return config or SparsityConfig()
+    if not isinstance(config, Mapping):
+        raise TypeError(f'SparsityController: config = {config!r}: must be a dict, for example {{"alpha": 1.2}}')
+    typed, problems = parse_sparsity(dict(config))
+    if typed is None:
+        raise ConfigError("SparsityController", problems)
+    return typed
+
+
+def _check_gate(layer: nn.Module) -> None:
+    """DeepSpeed's `MOELayer` cuts whatever its gate routes into the experts that it has."""
+    gate: Any = getattr(layer, "gate", None)
+    local, ranks = (getattr(layer, name, None) for name in ("num_local_experts", "ep_size"))
+    if not isinstance(getattr(gate, "control", None), SparsitySlot) or local is None or ranks is None:
+        return
+    if gate.num_experts != local * ranks:
+        raise ValueError(
+            f"{type(layer).__name__}: its {type(gate).__name__} has num_experts = {gate.num_experts}, but the layer "
+            f"{local * ranks} (num_local_experts = {local} on each of ep_size = {ranks} ranks); make them equal"
+        )
 
 
 def find_routers(model: nn.Module) -> list[Any]:

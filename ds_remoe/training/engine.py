@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import deepspeed
-from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ds_remoe.config.problems import ConfigError, ConfigProblem, unknown_key
 from ds_remoe.config.schema import ReMoEConfig, SparsityConfig
+from ds_remoe.config.typed import parse_remoe, parse_sparsity
 from ds_remoe.deepspeed_compat import (
     PipelineModule,
     clip_gradients,
@@ -20,6 +22,7 @@ from ds_remoe.deepspeed_compat import (
     loss_scale_is_dynamic,
     read_config,
     replace_stage0_clipping,
+    with_group_names,
     without_update,
     zero_norm_veto,
 )
@@ -92,9 +95,10 @@ def initialize(
     """`deepspeed.initialize` for a model with ReMoE layers: its arguments and one more, its results.
 
     It makes a `SparsityController` for the model's ReLU routers, from `remoe.sparsity` of the DeepSpeed config where
-    that stands, and ties it to the engine: `engine.step()` moves λ at each optimizer step, `save_checkpoint` and
-    `load_checkpoint` carry λ and its history (also with load_module_only, as the weights belong to that λ). At ZeRO
-    stage 0 it also puts gradient clipping right for experts, and scales the loss of fp16, which DeepSpeed forgets.
+    that stands (also in the file of a whole run), and ties it to the engine: `engine.step()` moves λ at each optimizer
+    step, `save_checkpoint` and `load_checkpoint` carry λ and its history (also with load_module_only, as the weights
+    belong to that λ). At ZeRO stage 0 it also puts gradient clipping right for experts, and scales the loss of fp16,
+    which DeepSpeed forgets.
 
     `engine.load_checkpoint`, which every rank calls, reads files as values (tensors, numbers, texts, lists, tuples,
     dicts, sets and what DeepSpeed itself saves), so that no code in them runs, at ZeRO stage 3 and from universal
@@ -111,7 +115,8 @@ def initialize(
         `RoutingState`.
 
     Raises:
-        ValueError: `remoe` in the config has an unknown key or a wrong value, or the model is a PipelineModule.
+        ValueError: `remoe` in the config has an unknown key, one that is not read here, or a wrong value; the model is
+            a PipelineModule; or two parameter groups have one name.
     """
     if model is None:
         raise ValueError("initialize: model is missing; pass model=")
@@ -125,7 +130,7 @@ def initialize(
         args=args,
         model=model,
         optimizer=optimizer,
-        model_parameters=model_parameters,
+        model_parameters=with_group_names(model_parameters),
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         distributed_port=distributed_port,
@@ -148,20 +153,31 @@ def initialize(
 def _sparsity_config(given: str | dict[str, Any] | None) -> SparsityConfig:
     """`remoe.sparsity` of a DeepSpeed config (a dict, or a text that DeepSpeed reads), or the defaults."""
     config = read_config(given) if isinstance(given, str) else given
-    section = config.get("remoe", {}) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return SparsityConfig()  # DeepSpeed says what it takes
+    section = config.get("remoe", {})
+    sparsity: SparsityConfig | None = None
+    problems = [] if "remoe" in config else [unknown_key("", key, config[key], ["remoe"]) for key in _misspelt(config)]
     if not isinstance(section, dict):
-        raise ValueError(f'remoe = {section!r}: must be an object, for example {{"sparsity": {{"alpha": 1.2}}}}')
-    unknown = set(section) - set(ReMoEConfig.model_fields)
-    if unknown:
-        raise ValueError(
-            f"remoe: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(ReMoEConfig.model_fields))}"
-        )
-    try:
-        return SparsityConfig.model_validate(section.get("sparsity", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(["remoe", "sparsity", *map(str, first["loc"])])
-        raise ValueError(f"{field} = {first['input']!r}: {first['msg']}") from error
+        problems.append(ConfigProblem("remoe", section, 'must be an object, for example {"sparsity": {"alpha": 1.2}}'))
+    elif {"model", "train"} <= section.keys():  # the file of a run
+        remoe, problems = parse_remoe(section)
+        sparsity = remoe.sparsity if remoe is not None else None
+    else:
+        sparsity, problems[len(problems) :] = parse_sparsity(section.get("sparsity", {}))
+        for key in sorted(section.keys() - {"sparsity"}):
+            if key in ReMoEConfig.model_fields:
+                remedy = "initialize reads remoe.sparsity alone; say it to ds_remoe.MoE or in your loop, and remove it"
+                problems.append(ConfigProblem(f"remoe.{key}", section[key], remedy))
+            else:
+                problems.append(unknown_key("remoe", key, section[key], ["sparsity"]))
+    if problems or sparsity is None:
+        raise ConfigError("initialize", problems)
+    return sparsity
+
+
+def _misspelt(config: dict[str, Any]) -> list[str]:
+    return [key for key in config if difflib.get_close_matches(key.lower(), ["remoe"], cutoff=0.8)]
 
 
 def guard_steps(engine: Any, guard: StepGuard) -> None:
