@@ -6,6 +6,12 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 
+def expert_parallel_group(name: str) -> dist.ProcessGroup | None:
+    """This rank's group of a name such as "ep_size_2"; None before it was made."""
+    group: dist.ProcessGroup | None = groups._get_expert_parallel_group_dict().get(name)
+    return group
+
+
 def group_label(group: dist.ProcessGroup) -> str:
     """A name for messages: "all ranks", DeepSpeed's own such as "ep_size_2", or torch's name of another group."""
     for label, found in groups._get_expert_parallel_group_dict().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,15 @@ def copy_the_layer() -> list[str]:
             losses.append(steps(engine, 0, 4))
         if losses[0] != losses[1]:
             wrong.append(f"stage {stage}: {losses[1]} with a copied layer, {losses[0]} without")
+        x = torch.randn(5, D, generator=torch.Generator().manual_seed(dist.get_rank()))
+        layer = engine.module.moe.eval()
+        twin = copy.deepcopy(engine.module).moe
+        # What ZeRO ties to its parameters cannot be pickled; a copy is free of it.
+        for name, other in (("copy", twin), ("pickled copy", pickle.loads(pickle.dumps(twin)))):
+            with torch.no_grad():
+                ours, its = layer(x)[0], other(x)[0]
+            if not torch.equal(ours, its):
+                wrong.append(f"stage {stage}: a {name} of the layer gives another output")
     return wrong
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_remoe.deepspeed_compat import DeepSpeedMoE, launched_rank, mark_expert_parameters, require_ranks
+from ds_remoe.deepspeed_groups import expert_parallel_group
 from ds_remoe.moe.arguments import finite_number, whole_number
 from ds_remoe.moe.budget import LEAST_BUDGET, ActivationBudget, settled_rows
 from ds_remoe.moe.dispatch import LastDispatch, NodeGroups, combine, node_groups, start_dispatch
@@ -155,9 +156,13 @@ class MoE(DeepSpeedMoE):
             self.coefficient = nn.Linear(hidden_size, 2)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's experts are marked again, as deepcopy drops the attributes of parameters."""
+        """A copy's experts are marked again, as deepcopy drops the attributes of parameters; its group is looked up."""
         super().__setstate__(state)
         mark_expert_parameters(self.deepspeed_moe.experts, self.expert_group_name)
+        group = expert_parallel_group(self.expert_group_name)
+        # Groups for a hierarchical exchange may still have to be made, which all ranks do together.
+        if group is not None and not self.hierarchical_all_to_all:
+            self.deepspeed_moe._set_ep_group(group)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Make or find the process groups; the engine calls this on every rank."""
@@ -238,6 +243,10 @@ class RoutedExperts(nn.Module):
         self.ep_group: torch.distributed.ProcessGroup | None = None
         self.nodes: NodeGroups | None = None
         self._last = LastDispatch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Process groups are of this process and cannot be copied."""
+        return {**self.__dict__, "ep_group": None, "nodes": None}
 
     def _set_ep_group(self, group: torch.distributed.ProcessGroup) -> None:
         self.ep_group = group
