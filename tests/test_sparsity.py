@@ -137,6 +137,37 @@ def test_evaluation_and_recomputation_are_not_counted() -> None:
         assert report.layers[0].tokens == T, f"reentrant={reentrant}"
 
 
+def test_an_evaluation_in_training_mode_is_told() -> None:
+    """Its passes cannot be told from the first ones of reentrant checkpointing when they run."""
+    model = routers((4, 1), (4, 1))
+    controller = SparsityController(model)
+    for reentrant in (False, True):
+        x = tokens(0).requires_grad_()
+        torch.utils.checkpoint.checkpoint(lambda x: model[0](x)[1], x, use_reentrant=reentrant).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.step()
+    with torch.no_grad():
+        for router in model:
+            router(tokens(0))
+    with pytest.warns(UserWarning, match=r"2 forward passes .* no gradients.* Call model\.eval\(\)"):
+        controller.step()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:1 forward passes")
+def test_an_evaluation_in_inference_mode_may_come_first(training: bool) -> None:
+    model = routers((4, 1)).train(training)
+    controller = SparsityController(model)
+    with torch.inference_mode():
+        model[0](tokens(0))
+    model.train()
+    model[0](tokens(0))[1].backward()
+    controller.step()
+    assert controller.coefficient != 1e-8
+    assert len(controller.history) == 1
+
+
 def test_state_survives_exactly() -> None:
     first = SparsityController(routers((4, 1)), SparsityConfig(lambda_init=1e-8 / 3))
     for sparsity in (0.1, 0.99, 0.5, 0.75):

@@ -181,9 +181,10 @@ class SparsityController:
     def layer_coefficient(self, device: torch.device) -> Tensor:
         """λ/L as an fp64 scalar on `device`; it changes in place, so no router ever reads λ from the host."""
         if self._device_coefficient is None or self._device_coefficient.device != device:
-            self._device_coefficient = torch.tensor(
-                self.coefficient / self.num_layers, dtype=torch.float64, device=device
-            )
+            with torch.inference_mode(False):  # an evaluation may come first
+                self._device_coefficient = torch.tensor(
+                    self.coefficient / self.num_layers, dtype=torch.float64, device=device
+                )
         return self._device_coefficient
 
     def step(self, *, applied: bool = True, group: dist.ProcessGroup | None = None) -> RoutingReport | None:

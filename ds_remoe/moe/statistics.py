@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ class RoutingStatistics:
 
     One tensor holds all layers; a router adds to its row without reading anything back, and what the host knows is
     counted there. A forward pass that repeats an earlier one inside backward (activation checkpointing) is not counted
-    again.
+    again. One without gradients is counted, as reentrant checkpointing runs that first; where none repeats it, `reduce`
+    warns of an evaluation in training mode.
 
     Args:
         experts_per_layer: number of experts of each router, in the model's order.
@@ -94,12 +96,21 @@ class RoutingStatistics:
         self._sums: Tensor | None = None
         self._rows: list[_Row] = []
         self._host_sums = [[0, 0] for _ in experts_per_layer]
+        self._without_gradients = 0
+        self._warned = False
+
+    def add_repetition(self) -> None:
+        """Note a forward pass inside backward; the first one was counted."""
+        self._without_gradients -= 1
 
     def add(self, layer: int, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: Tensor | int) -> None:
         """Add one micro-batch of one layer; nothing is read from the device."""
         if self._sums is None:
             width = 3 + 2 * max(self.experts_per_layer)
-            self._sums = torch.zeros(len(self.experts_per_layer), width, dtype=torch.float64, device=counts_E.device)
+            with torch.inference_mode(False):  # an evaluation may come first
+                self._sums = torch.zeros(
+                    len(self.experts_per_layer), width, dtype=torch.float64, device=counts_E.device
+                )
             self._rows = [_Row.of(*row) for row in zip(self._sums, self.experts_per_layer, strict=True)]
         row, host_sums = self._rows[layer], self._host_sums[layer]
         if isinstance(tokens, Tensor):
@@ -107,6 +118,7 @@ class RoutingStatistics:
         else:
             host_sums[0] += tokens
         host_sums[1] += 1
+        self._without_gradients += not torch.is_grad_enabled()
         row.aux_loss.add_(aux_loss.detach())
         row.counts_E.add_(counts_E)
         row.weight_sums_E.add_(weight_sums_E.detach())
@@ -131,6 +143,15 @@ class RoutingStatistics:
         sums[:, :2] += torch.tensor(self._host_sums, dtype=sums.dtype, device=sums.device)
         self._sums.zero_()
         self._host_sums = [[0, 0] for _ in self.experts_per_layer]
+        if self._without_gradients > 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._without_gradients} forward passes of MoE layers in training mode had no gradients, and no "
+                "backward pass repeated them; they count in the measured sparsity, by which λ moves. Call model.eval() "
+                "for an evaluation",
+                stacklevel=2,
+            )
+        self._without_gradients = 0
         if distributed and dist.get_world_size(group) > 1:
             dist.all_reduce(sums, group=group)
         rows = zip(sums.tolist(), self.experts_per_layer, strict=True)
@@ -165,7 +186,11 @@ class StatisticsSlot:
     def add(self, counts_E: Tensor, weight_sums_E: Tensor, aux_loss: Tensor, tokens: Tensor | int) -> None:
         """Count one forward pass, unless it is a recomputation or nobody listens."""
         statistics = self._statistics() if self._statistics is not None else None
-        if statistics is not None and not in_backward():
+        if statistics is None:
+            return
+        if in_backward():
+            statistics.add_repetition()
+        else:
             statistics.add(self._layer, counts_E, weight_sums_E, aux_loss, tokens)
 
 
