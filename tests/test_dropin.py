@@ -238,6 +238,23 @@ def test_layers_differ_and_given_weights_can_stay(kind: str) -> None:
             assert torch.equal(kept[f"deepspeed_experts.{i}.{name}"], given)
 
 
+@pytest.mark.parametrize("change", ["bias", "frozen", "hook"])
+def test_what_was_changed_in_a_swiglu_stays(change: str) -> None:
+    template = SwiGLU(D, 6)
+    if change == "bias":
+        template.down_proj = nn.Linear(6, D)
+    elif change == "frozen":
+        template.down_proj.requires_grad_(False)
+    else:
+        template.register_forward_hook(lambda module, args, output: 3 * output)
+    layer = ds_remoe.MoE(D, template, num_experts=2, expert_init="copy").eval()
+    x = torch.randn(5, D)
+    weights = torch.relu(x @ layer.deepspeed_moe.gate.wg.weight.t()).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(x)[0], weights * template(x))
+    trained = {p.requires_grad for p in layer.deepspeed_moe.experts.parameters()}
+    assert trained == ({True, False} if change == "frozen" else {True})
+
+
 def test_experts_that_nothing_draws_anew_are_told() -> None:
     class Raw(nn.Module):
         def __init__(self) -> None:

@@ -15,7 +15,7 @@ from ds_remoe.deepspeed_groups import expert_parallel_group
 from ds_remoe.moe.arguments import finite_number, whole_number
 from ds_remoe.moe.budget import LEAST_BUDGET, ActivationBudget, settled_rows
 from ds_remoe.moe.dispatch import LastDispatch, NodeGroups, combine, node_groups, start_dispatch
-from ds_remoe.moe.experts import ModuleExperts, StackedSwiGLU, SwiGLU
+from ds_remoe.moe.experts import DOWN, GATE, UP, ModuleExperts, StackedSwiGLU, SwiGLU
 from ds_remoe.moe.routers import ReLURouter, Router, TopKRouter
 from ds_remoe.moe.routing import Routing
 
@@ -37,7 +37,7 @@ class MoE(DeepSpeedMoE):
 
     Args:
         hidden_size: D, of input and output.
-        expert: the expert's module. A `ds_remoe.moe.experts.SwiGLU` becomes stacked parameters with grouped GEMMs;
+        expert: the expert's module. A `ds_remoe.SwiGLU` as it is made becomes stacked parameters with grouped GEMMs;
             any other module [n, D] → [n, D] is copied per expert.
         num_experts: E.
         ep_size: ranks that share one set of experts; must divide num_experts.
@@ -296,7 +296,7 @@ class Experts(nn.Module):
 
 
 def _build_experts(expert: nn.Module, hidden_size: int, num_local_experts: int) -> Experts:
-    if type(expert) is not SwiGLU:
+    if type(expert) is not SwiGLU or not _is_plain(expert):
         return Experts(ModuleExperts(expert, num_local_experts), num_local_experts)
     down = expert.down_proj.weight
     if down.shape[0] != hidden_size:
@@ -306,6 +306,13 @@ def _build_experts(expert: nn.Module, hidden_size: int, num_local_experts: int) 
     if not down.is_meta:
         stacked.copy_from(expert)
     return Experts(stacked, num_local_experts)
+
+
+def _is_plain(expert: SwiGLU) -> bool:
+    """Nothing was added to it that stacked weights would leave out: biases or adapters, frozen weights, hooks."""
+    names = {name for name, parameter in expert.named_parameters() if parameter.requires_grad}
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in expert.modules())
+    return names == {GATE, UP, DOWN} == dict(expert.named_parameters()).keys() and not hooks
 
 
 def _stream(seed: int, index: int) -> torch.Generator:
