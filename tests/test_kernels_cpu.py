@@ -194,6 +194,17 @@ def test_the_kernel_serves_this_machine() -> None:
     assert not grouped_swiglu_cpu.serves(rows.bfloat16(), groups)
 
 
+def test_a_compiled_model_takes_what_the_compiler_can_look_into() -> None:
+    """Norm and positions in one graph; with the kernels torch's compiler fails."""
+    x, weight = torch.randn(1, 2, 3, 8, requires_grad=True), torch.rand(8)
+    tables = rope_tables(0, 3, 8, 1e4, x.device)
+
+    def both(x: Tensor) -> Tensor:
+        return rotate(rms_norm(x, weight, 1e-5), *tables)
+
+    torch.testing.assert_close(torch.compile(both, backend="eager", fullgraph=True)(x), both(x))
+
+
 def run_without(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     program = """
 import torch

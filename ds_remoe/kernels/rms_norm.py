@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D].
         eps: added to the mean square.
     """
-    if serves(x, weight):
+    # The compiler cannot look into the kernel, and fuses the passes of torch's own.
+    if not torch.compiler.is_compiling() and serves(x, weight):
         normed: Tensor = _RMSNorm.apply(x, weight, eps)
         return normed
     return F.rms_norm(x, weight.shape, weight, eps)
