@@ -326,10 +326,7 @@ def test_clipping_measures_what_fp32_squares_cannot() -> None:
         ({"expert": SwiGLU(D + 1, 4)}, "its width is 9, but hidden_size = 8"),
         ({"ep_size": 0}, "ep_size = 0: must be at least 1"),
         ({"hidden_size": -8}, "hidden_size = -8: must be at least 1"),
-        ({"activation_budget": math.inf}, "activation_budget = inf: must be a finite number of at least 0.25"),
-        ({"activation_budget": math.nan}, "activation_budget = nan: must be a finite number of at least 0.25"),
-        ({"activation_budget": -1.0}, "activation_budget = -1: must be a finite number of at least 0.25"),
-        ({"router": "topk", "aux_loss_coefficient": -1.0}, "aux_loss_coefficient = -1: must be a finite number"),
+        ({"router": "topk", "aux_loss_coefficient": -1.0}, "aux_loss_coefficient = -1: must be at least 0 and finite"),
     ],
 )
 def test_wrong_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -303,8 +304,8 @@ def test_a_model_recomputes_only_what_its_layers_together_have_no_room_for(
         assert bool(again) == (checkpointing or quiet_layers == 0)
 
 
-@pytest.mark.parametrize("value", [0.2, -1.0, float("nan")])
-def test_a_layer_refuses_a_budget_below_one_chunk(value: float) -> None:
+@pytest.mark.parametrize("value", [0.2, -1.0, math.nan, math.inf])
+def test_a_layer_refuses_a_budget_that_is_none(value: float) -> None:
     with pytest.raises(ValueError, match=r"activation_budget = .*must be at least 0\.25.*None keeps"):
         MoE(D, SwiGLU(D, H), num_experts=4, activation_budget=value)
 

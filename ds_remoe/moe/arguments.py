@@ -40,5 +40,5 @@ def finite_number(name: str, value: Any, least: float, why: str = "") -> float:
         raise TypeError(f"{name} = {value!r}: must be a number, not {type(value).__name__}")
     number = float(value)
     if not least <= number < math.inf:
-        raise ValueError(f"{name} = {number:g}: must be a finite number of at least {least:g}{why}")
+        raise ValueError(f"{name} = {number:g}: must be at least {least:g} and finite{why}")
     return number

@@ -132,7 +132,7 @@ class MoE(DeepSpeedMoE):
         if expert_init not in ("redraw", "copy"):
             raise ValueError(f"expert_init = {expert_init!r}: must be 'redraw' or 'copy'")
         if activation_budget is not None:
-            why = ", the share of the expected pairs that go through at once; None keeps every pre-activation"
+            why = f", as {LEAST_BUDGET:.0%} of the expected pairs go through at once; None keeps every pre-activation"
             activation_budget = finite_number("activation_budget", activation_budget, LEAST_BUDGET, why)
         if expert_init == "copy" and any(p.is_meta for p in expert.parameters()):
             raise ValueError("expert_init = 'copy': the expert is on the meta device and has no weights to copy")
