@@ -196,6 +196,9 @@ class SparsityController:
 
         Returns:
             The step's routing report; None where nothing was routed.
+
+        Raises:
+            OverflowError: see `update`.
         """
         report = self.statistics.reduce(group)
         if report is not None and applied:

@@ -164,7 +164,8 @@ def _sparsity_config(given: str | dict[str, Any] | None) -> SparsityConfig:
         remoe, problems = parse_remoe(section)
         sparsity = remoe.sparsity if remoe is not None else None
     else:
-        sparsity, problems[len(problems) :] = parse_sparsity(section.get("sparsity", {}))
+        sparsity, found = parse_sparsity(section.get("sparsity", {}))
+        problems += found
         for key in sorted(section.keys() - {"sparsity"}):
             if key in ReMoEConfig.model_fields:
                 remedy = "initialize reads remoe.sparsity alone; say it to ds_remoe.MoE or in your loop, and remove it"
@@ -177,7 +178,7 @@ def _sparsity_config(given: str | dict[str, Any] | None) -> SparsityConfig:
 
 
 def _misspelt(config: dict[str, Any]) -> list[str]:
-    return [key for key in config if difflib.get_close_matches(key.lower(), ["remoe"], cutoff=0.8)]
+    return [key for key in config if difflib.get_close_matches(str(key).lower(), ["remoe"], cutoff=0.8)]
 
 
 def guard_steps(engine: Any, guard: StepGuard) -> None:
