@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+from pathlib import Path
 
 COLLECTIVE_TIMEOUT = "DEEPSPEED_TIMEOUT"
 _COLLECTIVE_TIMEOUT_MINUTES = "30"
@@ -76,9 +77,16 @@ def collective_timeout() -> float:
 
 
 def launch_command(world_size: int) -> str:
-    """What starts a run like this one again, without the trainer's arguments."""
+    """What starts a run like this one again from this working directory, without the trainer's arguments."""
     if ranks_per_node() in (None, world_size):
-        return f"bash launch/train.sh {world_size}"
+        return f"bash {_script('train.sh')} {world_size}"
     if "SLURM_JOB_ID" in os.environ:
-        return f"sbatch --nodes {os.environ.get('SLURM_JOB_NUM_NODES', 'N')} launch/slurm.sbatch"
-    return f"bash launch/multinode.sh --hostfile {shlex.quote(os.environ.get(HOSTFILE, 'FILE'))}"
+        return f"sbatch --nodes {os.environ.get('SLURM_JOB_NUM_NODES', 'N')} {_script('slurm.sbatch')}"
+    return f"bash {_script('multinode.sh')} --hostfile {shlex.quote(os.environ.get(HOSTFILE, 'FILE'))}"
+
+
+def _script(name: str) -> str:
+    """How a shell that stands here names a script of launch/."""
+    root = Path(__file__).parents[1]
+    path = Path("launch", name)
+    return shlex.quote(str(path if Path.cwd() == root.resolve() else root / path))

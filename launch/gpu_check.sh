@@ -7,8 +7,10 @@
 # files go into FOLDER, which must not exist; the exit code is 1 if a step failed, 2 if there is no GPU.
 set -uo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-folder=${1:-runs/gpu_check}
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
+folder=${1:-$root/runs/gpu_check}
+[[ "$folder" == /* ]] || folder="$PWD/$folder"
+cd "$root" || exit 1
 if [[ -e "$folder" ]]; then
     echo "gpu_check.sh: $folder exists; move it away, or name another folder" >&2
     exit 2

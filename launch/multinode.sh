@@ -22,9 +22,11 @@
 # another failure. To restart after a failure:
 #   ds-remoe supervise -- bash launch/multinode.sh ...
 #
+# Relative paths, those in the configuration too, are taken from the folder in which this is started.
+#
 # What it needs on every node: this repository at this same path with the same .venv (a shared file system, or a clone
-# and `bash launch/setup.sh` on each), and remoe.train.output_dir and remoe.data.cache_dir on a file system that all
-# nodes share. With ssh: pdsh here, and ssh to each node without a password (deepspeed asks nobody). Host names must not
+# and `bash launch/setup.sh` on each), the folder in which this is started, and remoe.train.output_dir and
+# remoe.data.cache_dir on a file system that all nodes share. With ssh: pdsh here, and ssh to each node without a password (deepspeed asks nobody). Host names must not
 # resolve to 127.*: Debian's `127.0.1.1 NAME` in /etc/hosts does; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the
 # network interface where it does, or where a node has several. `ds-remoe doctor --hostfile FILE` looks into all of it.
 #
@@ -38,7 +40,7 @@ set -euo pipefail
 
 die() { printf 'multinode.sh: %s\n' "$*" >&2; exit 2; }
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 hostfile='' master_addr='' master_port="${MASTER_PORT:-29500}" node_rank="${SLURM_NODEID:-}" launcher=pdsh export_names=''
 ssh=1 checks=1 given=("$@")
 while (($#)); do
@@ -61,18 +63,21 @@ while (($#)); do
 done
 [[ -n "$hostfile" ]] || die "--hostfile FILE is missing; launch/hostfile.example is one"
 [[ -f "$hostfile" ]] || die "--hostfile $hostfile: no such file (relative to $PWD)" # deepspeed would train here alone
-(($#)) || die "nothing for the trainer: add --config FILE"
+[[ " $* " =~ " --config"[=\ ] ]] || die "nothing for the trainer: add --config FILE"
 [[ "$master_port" =~ ^[0-9]+$ ]] || die "--master_port $master_port: not a number"
 
-bash launch/setup.sh
-export PATH="$PWD/.venv/bin:$PATH"
+# A module, or the clone itself, in the folder of the start must not stand in for ours. DeepSpeed forwards both, and puts
+# that folder into PYTHONPATH, first.
+export PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+bash "$root/launch/setup.sh"
+export PATH="$root/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 DS_REMOE_HOSTFILE=$(realpath "$hostfile") # for the command that the trainer prints at the end
 export DS_REMOE_HOSTFILE
 
 if [[ -z "${PYTHON_DS_REMOE_RUN:-}" && "$(uname -s)" == Linux ]]; then
     # DeepSpeed's launcher alone, asked to stop, cuts the ranks off before they have saved.
-    exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash launch/multinode.sh "${given[@]}"
+    exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash "$root/launch/multinode.sh" "${given[@]}"
 fi
 
 if ((!ssh)); then
@@ -85,6 +90,9 @@ fi
 
 if [[ "$launcher" == pdsh ]] && ! command -v pdsh >/dev/null; then
     die "pdsh is not installed here (Debian and Ubuntu: apt install pdsh); or --launcher openmpi, or --no_ssh on each node"
+fi
+if [[ "$launcher" == pdsh && "$PWD" =~ [^[:alnum:]/._,:@+=-] ]]; then
+    die "$PWD: deepspeed would hand this folder's name to pdsh without quotes; start it from one without spaces and signs"
 fi
 
 # What a remote shell would change on its way is refused rather than passed on changed.
@@ -104,7 +112,7 @@ forwarded() {
         printf '%s=%s\n' "$name" "$value"
     done < <(compgen -e)
     # deepspeed's parser ends at a blank line or a comment with an exception.
-    local file line files=(~/.deepspeed_env .deepspeed_env)
+    local file line files=(~/.deepspeed_env "$root/.deepspeed_env")
     [[ -z "${DS_ENV_FILE:-}" ]] || files=("$DS_ENV_FILE")
     for file in "${files[@]}"; do
         [[ -f "$file" ]] || continue

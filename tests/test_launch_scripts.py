@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launched_runs import needs_venv
 
 from ds_remoe.launch_environment import launch_command
 
@@ -16,34 +17,53 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), LAUNCH.with_name(".ci") / "run"])
 
 
-def multinode(*arguments: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script, started in a folder."""
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
-    command = ["bash", str(LAUNCH / "multinode.sh"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    command = ["bash", str(LAUNCH / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("script", "arguments", "message"),
     [
-        ((), "--hostfile FILE is missing"),
-        (("--hostfile",), "--hostfile needs a value"),
-        (("--hostfile", "/no/such/file", "--config", "x"), "/no/such/file: no such file"),
-        (("--hostfile", "launch/hostfile.example"), "nothing for the trainer"),
-        (("--hostfile", "launch/hostfile.example", "--master_port", "x", "--config", "x"), "--master_port x"),
+        ("multinode.sh", [], "--hostfile FILE is missing"),
+        ("multinode.sh", ["--hostfile"], "--hostfile needs a value"),
+        ("multinode.sh", ["--hostfile", "/no/such/file", "--config", "x"], "/no/such/file: no such file"),
+        ("multinode.sh", ["--hostfile", "hosts"], "nothing for the trainer: add --config FILE"),
+        ("multinode.sh", ["--hostfile", "hosts", "--set", "remoe.moe.k=2"], "nothing for the trainer"),
+        ("multinode.sh", ["--hostfile", "hosts", "--master_port", "x", "--config", "x"], "--master_port x"),
+        ("train.sh", ["0", "--config", "x"], "usage: bash launch/train.sh RANKS --config FILE"),
+        ("train.sh", ["1", "--set", "remoe.moe.k=2"], "train.sh: --config FILE is missing"),
     ],
 )
-def test_wrong_use_of_multinode_is_refused(arguments: tuple[str, ...], message: str) -> None:
-    done = multinode(*arguments)
+def test_wrong_use_is_refused(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node-1 slots=1\n")
+    done = start(tmp_path, script, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@needs_venv
+@pytest.mark.parametrize("script", [["train.sh", "1"], ["multinode.sh", "--hostfile", "hosts", "--no_ssh"]])
+def test_relative_names_are_those_of_the_folder_of_the_start(script: list[str], tmp_path: Path) -> None:
+    """Also where the clone, or modules with the names of ours, stand in it."""
+    (tmp_path / "ds_remoe").mkdir()
+    (tmp_path / "torch.py").write_text("1 / 0")
+    (tmp_path / "hosts").write_text("node-1 slots=1\n")
+    (tmp_path / "mine.json").write_text('{"remoe": {"modell": {}}}')
+    done = start(tmp_path, *script, "--config", "mine.json")
+    assert done.returncode == 2, done.stderr
+    assert "mine.json: " in done.stderr
+    assert "remoe.modell" in done.stderr
 
 
 def test_gpu_check_overwrites_nothing_and_needs_a_gpu(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path}
-    for folder, message in ((tmp_path, "exists; move it away"), (tmp_path / "new", "torch finds no CUDA device")):
-        command = ["bash", "launch/gpu_check.sh", str(folder)]
-        done = subprocess.run(command, cwd=LAUNCH.parent, env=environment, capture_output=True, text=True)
+    for folder, message in ((tmp_path.name, "exists; move it away"), (tmp_path / "new", "torch finds no CUDA device")):
+        command = ["bash", str(LAUNCH / "gpu_check.sh"), str(folder)]
+        done = subprocess.run(command, cwd=tmp_path.parent, env=environment, capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
     assert not (tmp_path / "new").exists()
@@ -71,6 +91,7 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 def test_the_command_that_goes_on_fits_how_the_run_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_JOB_ID", "DS_REMOE_HOSTFILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(LAUNCH.parent)
     assert launch_command(2) == "bash launch/train.sh 2"
     monkeypatch.setenv("LOCAL_SIZE", "2")
     assert launch_command(2) == "bash launch/train.sh 2"
@@ -79,3 +100,12 @@ def test_the_command_that_goes_on_fits_how_the_run_was_started(monkeypatch: pyte
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     assert launch_command(4) == "sbatch --nodes 2 launch/slurm.sbatch"
+
+
+def test_the_command_that_goes_on_is_for_the_folder_of_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    assert launch_command(2) == f"bash {LAUNCH}/train.sh 2"

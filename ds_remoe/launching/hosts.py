@@ -88,8 +88,12 @@ def run_module(
     stdin: str = "",
     timeout: float = 60,
 ) -> Answer:
-    """Run `python -m module` on a node, in this working directory and by this interpreter's path, and wait for it."""
-    command = ["env", *(f"{key}={value}" for key, value in (environment or {}).items())]
+    """Run `python -m module` on a node, in this working directory and by this interpreter's path, and wait for it.
+
+    Modules in the working directory are left out there where they are here (PYTHONSAFEPATH).
+    """
+    variables = {"PYTHONSAFEPATH": "1"} if sys.flags.safe_path else {}
+    command = ["env", *(f"{key}={value}" for key, value in {**variables, **(environment or {})}.items())]
     command += [sys.executable, "-m", module, *arguments]
     if host.name is not None:
         remote = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"
