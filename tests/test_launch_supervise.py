@@ -165,14 +165,24 @@ def test_it_knows_when_a_restart_makes_no_sense(tmp_path: Path) -> None:
         (["--", "true", "--config", "no-such.json"], "no-such.json"),
         (["--run-dir", "x", "--", "no-such-command"], "COMMAND 'no-such-command': cannot be run"),
         (["--run-dir", "x", "--", "true", "--hostfile", "no-such"], "--hostfile no-such"),
+        (["--run-dir", "x", "--", "./plain"], "COMMAND './plain': cannot be run"),
+        (["--run-dir", "x", "--", "./by-plain"], "COMMAND './by-plain': cannot be run (Permission denied)"),
+        (["--run-dir", "x", "--", "./no-format"], "COMMAND './no-format': cannot be run (Exec format error)"),
+        (["--run-dir", "plain", "--", "true"], "plain is not a folder; choose another path"),
+        (["--run-dir", "plain/x", "--", "true"], "--run-dir plain/x: "),
     ],
 )
 def test_wrong_use_is_refused_before_anything_starts(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()  # not executable
+    for name, content in (("by-plain", f"#!{tmp_path}/plain\n"), ("no-format", "exit 0\n")):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
     done = subprocess.run(
         [f"{BIN}/ds-remoe", "supervise", *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
     assert done.returncode == 2
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 2, done.stderr
 
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
@@ -194,24 +204,13 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_a_failed_run_waits_for_its_restart_is_no_success(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ds_remoe.cli",
-        "supervise",
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--backoff",
-        "600",
-    ]
-    process = subprocess.Popen([*command, "--", "false"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    said = ""
-    while "goes on" not in said:
-        line = process.stdout.readline()
-        assert line, said
-        said += line
-    process.terminate()
-    said += process.stdout.read()
-    assert process.wait(60) == 1, said
-    assert "stopped by SIGTERM while waiting to restart a run that failed" in said
+    log = tmp_path / "log"
+    command = [f"{BIN}/ds-remoe", "supervise", "--run-dir", str(tmp_path / "run"), "--backoff", "600", "--", "false"]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        try:
+            wait_until(lambda: "goes on" in log.read_text() or process.poll() is not None, "the restart's announcement")
+            process.terminate()
+            assert process.wait(60) == 1, log.read_text()
+        finally:
+            process.kill()
+    assert "stopped by SIGTERM while waiting to restart a run that failed" in log.read_text()

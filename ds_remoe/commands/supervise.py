@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_remoe.config import load_run
+from ds_remoe.config.folders import why_unusable
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
@@ -57,7 +58,7 @@ def add_supervise(commands: Commands) -> None:
 def supervise(arguments: argparse.Namespace) -> int:
     """Run the command until it is done."""
     from ds_remoe.launching.hosts import HostfileError
-    from ds_remoe.launching.supervisor import Policy, Supervisor
+    from ds_remoe.launching.supervisor import CommandError, Policy, Supervisor
     from ds_remoe.training.manifest import CheckpointError
     from ds_remoe.training.run_files import refuse_misplaced
 
@@ -67,14 +68,13 @@ def supervise(arguments: argparse.Namespace) -> int:
         return 2
     command: list[str] = arguments.command
     folder = _run_folder(arguments.run_dir, command)
+    policy = Policy(arguments.max_restarts, arguments.backoff, arguments.grace)
     try:
         refuse_misplaced(folder)
-        hosts = _other_nodes(command)
-    except (CheckpointError, HostfileError) as error:
+        return Supervisor(command, policy, lambda: look(folder), _other_nodes(command)).run()
+    except (CheckpointError, HostfileError, CommandError) as error:
         print(f"supervise: {error}", file=sys.stderr)
         return 2
-    policy = Policy(arguments.max_restarts, arguments.backoff, arguments.grace)
-    return Supervisor(command, policy, lambda: look(folder), hosts).run()
 
 
 def look(folder: Path) -> Progress:
@@ -114,6 +114,10 @@ def _problem(arguments: argparse.Namespace) -> str | None:
             return f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 0"
     if arguments.run_dir is None and not _values(arguments.command, "--config"):
         return "the command has no --config FILE, so --run-dir DIR must say where the run keeps its checkpoints"
+    if arguments.run_dir is not None:
+        remedy = why_unusable(arguments.run_dir)
+        if remedy is not None:
+            return f"--run-dir {arguments.run_dir}: {remedy}"
     if shutil.which(arguments.command[0]) is None:
         return f"COMMAND {arguments.command[0]!r}: cannot be run; give its path, or start a script with bash"
     resume = _values(arguments.command, "--resume")

@@ -31,6 +31,10 @@ LONGEST_BACKOFF = 600.0
 _POLL_SECONDS = 0.1
 
 
+class CommandError(Exception):
+    """The system does not run the command; the message says why, and the remedy."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come, read from its folder.
@@ -95,6 +99,9 @@ class Supervisor:
         Returns:
             0: done, or stopped when asked and saved. 2: refused as configured. 1: given up, or stopped without a save
             or while a failed run waited for its restart.
+
+        Raises:
+            CommandError: the command cannot be started.
         """
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._remember)
@@ -153,7 +160,11 @@ class Supervisor:
         """Run the command once: its exit code, and the ranks that outlived it."""
         environment = {**os.environ, TOKEN_VARIABLE: self._token}
         # A session of its own: Ctrl-C must reach the ranks through this process alone, or the launcher ends them.
-        process = subprocess.Popen(self.command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
+        try:
+            process = subprocess.Popen(self.command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            reason = f"cannot be run ({error.strerror}); give its path, or start a script with bash"
+            raise CommandError(f"COMMAND {self.command[0]!r}: {reason}") from None
         asked = False
         while True:
             try:
