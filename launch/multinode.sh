@@ -64,7 +64,7 @@ done
 [[ -n "$hostfile" ]] || die "--hostfile FILE is missing; launch/hostfile.example is one"
 [[ -f "$hostfile" ]] || die "--hostfile $hostfile: no such file (relative to $PWD)" # deepspeed would train here alone
 [[ " $* " =~ " --config"[=\ ] ]] || die "nothing for the trainer: add --config FILE"
-[[ "$master_port" =~ ^[0-9]+$ ]] || die "--master_port $master_port: not a number"
+[[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] && ((master_port < 65536)) || die "--master_port $master_port: must be between 1 and 65535"
 
 # A module, or the clone itself, in the folder of the start must not stand in for ours. DeepSpeed forwards both, and puts
 # that folder into PYTHONPATH, first.

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from test_resume import run_config
 
 from ds_remoe.launching import checks
@@ -111,3 +112,19 @@ def test_what_cannot_be_reached_or_read_is_named(tmp_path: Path) -> None:
     assert "✗ │ ssh no-such-node.invalid" in unreachable.stdout
     assert doctor("--hostfile", str(tmp_path / "none")).returncode == 2
     assert doctor("--config", str(tmp_path / "none")).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--master_port", "99999"], "argument --master_port: 99999: must be between 1 and 65535"),
+        (["--master_port", "0"], "argument --master_port: 0: must be between 1 and 65535"),
+        (["--ranks", "0"], "argument --ranks: 0 is not positive"),
+        (["--set", "remoe.moe.k=2"], "--set remoe.moe.k=2: changes a value of a run's file; add --config FILE"),
+        (["--hostfile", "hosts", "--ranks", "2"], "--ranks 2: the slots of --hostfile say how many ranks"),
+    ],
+)
+def test_wrong_use_is_refused(arguments: list[str], message: str) -> None:
+    done = doctor("--brief", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

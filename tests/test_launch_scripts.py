@@ -33,6 +33,7 @@ def start(folder: Path, script: str, *arguments: str) -> subprocess.CompletedPro
         ("multinode.sh", ["--hostfile", "hosts"], "nothing for the trainer: add --config FILE"),
         ("multinode.sh", ["--hostfile", "hosts", "--set", "remoe.moe.k=2"], "nothing for the trainer"),
         ("multinode.sh", ["--hostfile", "hosts", "--master_port", "x", "--config", "x"], "--master_port x"),
+        ("multinode.sh", ["--hostfile", "hosts", "--master_port", "65536", "--config", "x"], "--master_port 65536"),
         ("train.sh", ["0", "--config", "x"], "usage: bash launch/train.sh RANKS --config FILE"),
         ("train.sh", ["1", "--set", "remoe.moe.k=2"], "train.sh: --config FILE is missing"),
     ],

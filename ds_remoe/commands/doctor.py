@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_remoe.commands.arguments import port, positive
 from ds_remoe.config import load_run
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def add_doctor(commands: Commands) -> None:
     parser.add_argument(
         "--set", dest="overrides", metavar="PATH=VALUE", action="append", default=[], help="change a value of the file"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="of this machine, without a hostfile (default: 2)")
+    parser.add_argument("--ranks", type=positive, help="of this machine, without a hostfile (default: 2)")
     parser.add_argument("--master_addr", metavar="A", help="address of the first node (default: its name)")
-    parser.add_argument("--master_port", type=int, default=29500, metavar="P", help="default: 29500")
+    parser.add_argument("--master_port", type=port, default=29500, metavar="P", help="default: 29500")
     parser.add_argument(
         "--brief",
         action="store_true",
@@ -56,11 +57,11 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     from ds_remoe.launching.hosts import Host, HostfileError, read_hostfile
 
-    if arguments.ranks < 1:
-        print(f"--ranks {arguments.ranks}: must be at least 1", file=sys.stderr)
+    if problem := _usage_problem(arguments):
+        print(problem, file=sys.stderr)
         return 2
     try:
-        hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else [Host(None, arguments.ranks)]
+        hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else [Host(None, arguments.ranks or 2)]
     except HostfileError as error:
         print(error, file=sys.stderr)
         return 2
@@ -77,6 +78,14 @@ def doctor(arguments: argparse.Namespace) -> int:
     else:
         Console().print(_table(findings))
     return 0 if all(finding.good for finding in findings) else 1
+
+
+def _usage_problem(arguments: argparse.Namespace) -> str | None:
+    if arguments.overrides and arguments.config is None:
+        return f"--set {arguments.overrides[0]}: changes a value of a run's file; add --config FILE"
+    if arguments.ranks is not None and arguments.hostfile is not None:
+        return f"--ranks {arguments.ranks}: the slots of --hostfile say how many ranks; leave it out"
+    return None
 
 
 def _examine(hosts: Sequence[Host], arguments: argparse.Namespace, folders: Sequence[str]) -> list[Finding]:
