@@ -145,6 +145,52 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_measurement(
         assert f"--output {name}: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["layer", "--widths", "182M", "--hidden-size", "64"], "--hidden-size 64: --widths gives both widths"),
+        (["layer", "--widths", "182M", "--ffn-hidden-size", "64"], "--ffn-hidden-size 64: --widths gives both"),
+        (["layer", "--trace-records", "2"], "--trace-records 2: there is no trace; add --trace FILE"),
+        (["layer", "--trace", "x.npz", "--tokens", "64"], "--tokens 64: a trace brings its own"),
+        (["comm", "--trace", "x.npz", "--tokens", "64"], "--tokens 64: a trace brings its own"),
+        (["memory", QUICKSTART, "--kinds", "layer", "--vocab-size", "9"], "--vocab-size 9: a layer has no vocabulary"),
+        (["step", QUICKSTART, "--set", 'remoe.moe.router="topk"'], "--set remoe.moe.router: all routers are measured"),
+        (
+            ["record", QUICKSTART, "--steps=1", "--output=x.npz", "--set", "remoe.train.output_dir=y"],
+            "--set remoe.train",
+        ),
+        (["quality", QUICKSTART, "--set", "remoe.train.seed=1"], "--set remoe.train.seed: --seeds sets it"),
+        (["quality", QUICKSTART, "--seeds", "0", "1", "0"], "--seeds 0: stands there twice"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["comm", "--workloads"], "argument --workloads: expected at least one argument"),
+        (["kernels", "--seed", "9" * 23], f"argument --seed: {'9' * 23}: must be between 0 and 2147483647"),
+        (["layer", "--seed", "-1"], "argument --seed: -1: must be between 0 and 2147483647"),
+        (["quality", QUICKSTART, "--seeds", "0", "2147483648"], "argument --seeds: 2147483648: must be between"),
+    ],
+)
+def test_an_option_whose_value_fits_nothing_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["500", "0GB", "abc", "5 GB"])
 def test_a_shard_size_without_number_or_unit_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -261,6 +262,15 @@ def test_command_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.Captu
         (["--gpu", "h300"], "--gpu h300: unknown; known are a100-40gb"),
         (["--check", "1"], "--check: trains on one rank"),
         (["--gemm-efficiency", "1.2"], "--gemm-efficiency 1.2: must be a share"),
+        (
+            ["--check", "1", "--gpus-per-node", "1", "--gemm-efficiency", "0.5"],
+            "--gemm-efficiency 0.5: --check measures",
+        ),
+        pytest.param(
+            ["--calibrate", "--gpu", "h200"],
+            "--gpu h200: --calibrate plans with this machine's processor",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its links and network are taken"),
+        ),
         (["--density", "0.01"], "--density 0.01: less than the settled k/E = 0.125"),
         (["--picture", "plan.txt"], "--picture plan.txt: must be the name of a .png file"),
         (["--nodes", "3"], "train_batch_size = 512"),

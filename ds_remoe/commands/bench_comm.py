@@ -11,7 +11,7 @@ from ds_remoe.commands.arguments import positive
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
 
-HIDDEN_SIZE, FFN_HIDDEN_SIZE = 512, 1024
+TOKENS, HIDDEN_SIZE, FFN_HIDDEN_SIZE = 4096, 512, 1024
 WORKLOADS = ("stage3", "skew", "stage1")
 
 
@@ -26,11 +26,13 @@ def add_bench_comm(commands: Commands) -> None:
     parser.add_argument("--trace", metavar="FILE", help="recorded routing to replay, see `ds-remoe bench record`")
     parser.add_argument(
         "--workloads",
-        nargs="*",
+        nargs="+",
         metavar="NAME",
         help=f"as in `ds-remoe bench layer`; default: {' '.join(WORKLOADS)}, and none with --trace",
     )
-    parser.add_argument("--tokens", type=positive, default=4096, metavar="T", help="on each rank (default: 4096)")
+    parser.add_argument(
+        "--tokens", type=positive, metavar="T", help=f"of the workloads, on each rank (default: {TOKENS})"
+    )
     parser.add_argument(
         "--hidden-size", type=positive, metavar="D", help=f"default: {HIDDEN_SIZE}, with --trace that of the run"
     )
@@ -55,7 +57,10 @@ def bench_comm(arguments: argparse.Namespace) -> int:
     from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output) if arguments.output else None
-    if problem := output_problem(arguments.output):
+    problem = output_problem(arguments.output)
+    if arguments.tokens is not None and arguments.trace is not None and arguments.workloads is None:
+        problem = f"--tokens {arguments.tokens}: a trace brings its own; add --workloads, or leave it out"
+    if problem:
         print(problem, file=sys.stderr)
         return 2
     console = make_console()
@@ -65,7 +70,7 @@ def bench_comm(arguments: argparse.Namespace) -> int:
         request = comm.Request(
             trace=arguments.trace,
             workloads=tuple(default_workloads if arguments.workloads is None else arguments.workloads),
-            tokens=arguments.tokens,
+            tokens=arguments.tokens or TOKENS,
             hidden_size=arguments.hidden_size or (run.hidden_size if run else HIDDEN_SIZE),
             ffn_hidden_size=arguments.ffn_hidden_size or (run.expert_hidden_size if run else FFN_HIDDEN_SIZE),
             repeats=arguments.repeats,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ds_remoe.commands.arguments import positive
+from ds_remoe.commands.arguments import positive, seed
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
@@ -40,7 +40,7 @@ def add_bench_kernels(commands: Commands) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
     parser.add_argument("--output", metavar="FILE", help="results file to write; it must not exist")
     parser.set_defaults(run=bench_kernels)
 

@@ -6,13 +6,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ds_remoe.commands.arguments import positive
+from ds_remoe.commands.arguments import positive, seed
 
 if TYPE_CHECKING:
     from ds_remoe.bench.workloads import Sizes, Workload
     from ds_remoe.commands.arguments import Commands
 
 DTYPES = ("float32", "bfloat16", "float16")
+TOKENS, TRACE_RECORDS = 4096, 3
 
 
 def add_bench_layer(commands: Commands) -> None:
@@ -26,9 +27,9 @@ def add_bench_layer(commands: Commands) -> None:
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="default: those that have a bar")
     parser.add_argument("--trace", metavar="FILE", help="replay routings of `ds-remoe bench record`, alone by default")
     parser.add_argument(
-        "--trace-records", type=positive, default=3, metavar="N", help="routings of it, evenly spaced (default: 3)"
+        "--trace-records", type=positive, metavar="N", help=f"routings of it, evenly spaced (default: {TRACE_RECORDS})"
     )
-    parser.add_argument("--tokens", type=positive, default=4096, metavar="T", help="tokens (default: 4096)")
+    parser.add_argument("--tokens", type=positive, metavar="T", help=f"tokens of the workloads (default: {TOKENS})")
     parser.add_argument(
         "--hidden-size", type=positive, metavar="D", help="hidden size (default: 512, of a trace: as recorded)"
     )
@@ -55,7 +56,7 @@ def add_bench_layer(commands: Commands) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
     parser.add_argument("--output", metavar="FILE", help="results file to write; it must not exist")
     parser.set_defaults(run=bench_layer)
 
@@ -73,7 +74,7 @@ def bench_layer(arguments: argparse.Namespace) -> int:
     from ds_remoe.training.host_memory import reuse_freed_memory
 
     output = Path(arguments.output) if arguments.output else None
-    if problem := output_problem(arguments.output):
+    if problem := _usage_problem(arguments) or output_problem(arguments.output):
         print(problem, file=sys.stderr)
         return 2
     has_cuda = torch.cuda.is_available()
@@ -114,6 +115,18 @@ def bench_layer(arguments: argparse.Namespace) -> int:
     return 1 if any(one.failed for one in measured) else 0
 
 
+def _usage_problem(arguments: argparse.Namespace) -> str | None:
+    if arguments.trace_records is not None and arguments.trace is None:
+        return f"--trace-records {arguments.trace_records}: there is no trace; add --trace FILE, or leave it out"
+    if arguments.tokens is not None and arguments.trace is not None and arguments.workloads is None:
+        return f"--tokens {arguments.tokens}: a trace brings its own; add --workloads, or leave it out"
+    for name in ("hidden_size", "ffn_hidden_size"):
+        value = getattr(arguments, name)
+        if value is not None and arguments.widths is not None:
+            return f"--{name.replace('_', '-')} {value}: --widths gives both widths; leave one of the two out"
+    return None
+
+
 def _workloads(arguments: argparse.Namespace) -> list[Workload]:
     from pathlib import Path
 
@@ -126,16 +139,19 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload]:
     for sizes in _sizes(arguments):
         workloads += [build_workload(name, sizes, arguments.seed) for name in names]
         if arguments.trace:
-            workloads += replay(Path(arguments.trace), arguments.trace_records, None if as_recorded else sizes)
+            workloads += replay(
+                Path(arguments.trace), arguments.trace_records or TRACE_RECORDS, None if as_recorded else sizes
+            )
     return workloads
 
 
 def _sizes(arguments: argparse.Namespace) -> list[Sizes]:
     from ds_remoe.bench.workloads import PAPER_WIDTHS, Sizes
 
+    tokens = arguments.tokens or TOKENS
     if not arguments.widths:
-        return [Sizes(arguments.tokens, arguments.hidden_size or 512, arguments.ffn_hidden_size or 1024)]
-    return [Sizes(arguments.tokens, *PAPER_WIDTHS[label], label) for label in arguments.widths]
+        return [Sizes(tokens, arguments.hidden_size or 512, arguments.ffn_hidden_size or 1024)]
+    return [Sizes(tokens, *PAPER_WIDTHS[label], label) for label in arguments.widths]
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:

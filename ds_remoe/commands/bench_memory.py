@@ -52,7 +52,10 @@ def bench_memory(arguments: argparse.Namespace) -> int:
     from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output) if arguments.output else None
-    if problem := output_problem(arguments.output, arguments.picture):
+    problem = output_problem(arguments.output, arguments.picture)
+    if arguments.vocab_size is not None and "model" not in arguments.kinds:
+        problem = f"--vocab-size {arguments.vocab_size}: a layer has no vocabulary; add --kinds model, or leave it out"
+    if problem:
         print(problem, file=sys.stderr)
         return 2
     sizes = _sizes(load_run(arguments.file, arguments.overrides, world_size=None), arguments)

@@ -6,10 +6,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ds_remoe.commands.arguments import add_run_arguments, positive
+from ds_remoe.commands.arguments import add_run_arguments, idle_override, positive
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
+
+SET_BY = {
+    "remoe.train.output_dir": "the run lies in a temporary folder",
+    "remoe.logging.wandb.mode": "the run is not logged",
+}
 
 
 def add_bench_record(commands: Commands) -> None:
@@ -41,7 +46,7 @@ def bench_record(arguments: argparse.Namespace) -> int:
     from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output)
-    if problem := output_problem(arguments.output):
+    if problem := idle_override(arguments.overrides, SET_BY) or output_problem(arguments.output):
         print(problem, file=sys.stderr)
         return 2
     console = make_console()

@@ -6,11 +6,17 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ds_remoe.commands.arguments import add_run_arguments, positive
+from ds_remoe.commands.arguments import add_run_arguments, idle_override, positive
 from ds_remoe.config import load_run
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
+
+SET_BY = {
+    "remoe.moe.router": "all routers are measured",
+    "remoe.moe.ep_size": "the benchmark runs on one rank",
+    "remoe.train.output_dir": "the runs lie in a temporary folder",
+}
 
 
 def add_bench_step(commands: Commands) -> None:
@@ -34,7 +40,7 @@ def bench_step(arguments: argparse.Namespace) -> int:
     from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output) if arguments.output else None
-    if problem := output_problem(arguments.output):
+    if problem := idle_override(arguments.overrides, SET_BY) or output_problem(arguments.output):
         print(problem, file=sys.stderr)
         return 2
     load_run(arguments.file, arguments.overrides, world_size=None)

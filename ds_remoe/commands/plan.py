@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ds_remoe.commands.arguments import add_run_arguments, positive
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
     from ds_remoe.planning.hardware import Hardware
     from ds_remoe.planning.plan import Plan
+
+DEFAULT_GPU = "h100"
 
 
 def add_plan(commands: Commands) -> None:
@@ -30,9 +33,7 @@ def add_plan(commands: Commands) -> None:
         "--nodes", type=positive, nargs="+", default=[1], metavar="N", help="one or several (default: 1)"
     )
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="G", help="ranks a node (default: 8)")
-    parser.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="a100-40gb, a100, h100 (default), h200, b200, l40s"
-    )
+    parser.add_argument("--gpu", metavar="NAME", help=f"a100-40gb, a100, {DEFAULT_GPU} (default), h200, b200, l40s")
     parser.add_argument("--peak-tflops", **number, help="peak of one accelerator at the training dtype")
     parser.add_argument(
         "--gemm-efficiency", **number, help="share of the peak that matrix products reach (default: 0.6)"
@@ -67,7 +68,9 @@ def plan(arguments: argparse.Namespace) -> int:
     from ds_remoe.planning.report import as_figures, show, show_scaling
 
     output = Path(arguments.output) if arguments.output else None
-    complaint = _usage_problem(arguments, list(ACCELERATORS)) or output_problem(arguments.output, arguments.picture)
+    complaint = _usage_problem(arguments, list(ACCELERATORS), torch.cuda.is_available()) or output_problem(
+        arguments.output, arguments.picture
+    )
     if complaint:
         print(complaint, file=sys.stderr)
         return 2
@@ -104,11 +107,16 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _usage_problem(arguments: argparse.Namespace, known: list[str]) -> str | None:
-    if arguments.gpu not in known:
+def _usage_problem(arguments: argparse.Namespace, known: Sequence[str], has_gpu: bool) -> str | None:
+    if arguments.gpu is not None and arguments.gpu not in known:
         return f"--gpu {arguments.gpu}: unknown; known are {', '.join(known)}; another's figures can be given by option"
     if arguments.check and (arguments.nodes != [1] or arguments.gpus_per_node != 1):
         return "--check: trains on one rank; add --nodes 1 --gpus-per-node 1"
+    measuring = "--calibrate" if arguments.calibrate else "--check" if arguments.check else None
+    if measuring and arguments.gpu is not None and not has_gpu:
+        return f"--gpu {arguments.gpu}: {measuring} plans with this machine's processor, as it has no GPU; leave it out"
+    if measuring and arguments.gemm_efficiency is not None:
+        return f"--gemm-efficiency {arguments.gemm_efficiency:g}: {measuring} measures it; leave it out"
     for name in ("gemm_efficiency", "density"):
         value = getattr(arguments, name)
         if value is not None and value > 1:
@@ -158,7 +166,7 @@ def _hardware(arguments: argparse.Namespace, run: RunConfig, vocab_size: int, no
 
     settings = EngineSettings.of(run, nodes * arguments.gpus_per_node)
     hardware = published(
-        ACCELERATORS[arguments.gpu],
+        ACCELERATORS[arguments.gpu or DEFAULT_GPU],
         settings.dtype,
         arguments.gpus_per_node,
         peak_tflops=arguments.peak_tflops,
