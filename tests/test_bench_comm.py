@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,22 @@ def _count_bytes() -> dict[str, int]:
 def test_bytes_to_other_ranks_are_counted_by_hand() -> None:
     common = {"even": 2 * 2 * 4, "empty": 0, "reduce": 7 * 4, "gather": 60, "point to point": 60, "unknown": -1}
     assert run_ranks(_count_bytes, 2) == [{"uneven": 4 * 12} | common, {"uneven": 2 * 12} | common]
+
+
+def test_a_rank_that_fails_is_told_without_a_traceback_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config, corpus = tmp_path / "tiny.json", tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "too short"}\n')
+    content = run_config(tmp_path / "unused", tmp_path / "data")
+    content["remoe"]["data"]["source"] = {"type": "jsonl", "paths": [str(corpus)]}
+    config.write_text(json.dumps(content))
+    assert main(["bench", "record", str(config), "--output", str(tmp_path / "trace.npz"), "--steps", "1"]) == 1
+    error = capsys.readouterr().err
+    assert re.match(r"rank \d of 2 failed, code \d:\n", error)
+    assert "data.source: the text is too short" in error
 
 
 def test_a_run_is_recorded_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,3 +40,19 @@ def test_topk_gets_the_flops_that_remoe_spent(tmp_path: Path, monkeypatch: pytes
         assert metrics.read(log)[-1].valid_loss == row[name]["valid_loss"]
 
     assert main(command) == 2, "a results file was overwritten"
+
+
+def test_a_run_that_fails_is_named_with_its_cause_and_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = run_config(tmp_path / "unused", tmp_path / "data")
+    corpus, file = tmp_path / "corpus.jsonl", tmp_path / "tiny.json"
+    corpus.write_text('{"text": "too short"}\n')
+    config["remoe"]["data"]["source"] = {"type": "jsonl", "paths": [str(corpus)]}
+    file.write_text(json.dumps(config))
+    assert main(["bench", "quality", str(file), "--seeds", "3", "--runs", str(tmp_path / "runs")]) == 1
+    (log,) = tmp_path.glob("runs/*/relu_seed3.log")
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("relu with seed 3 failed with exit code 2: data.source: the text is too short")
+    assert second == f"All that it said is in {log}"

@@ -98,7 +98,7 @@ def measure(request: Request, ep_sizes: Sequence[int]) -> list[Row]:
 
     Raises:
         ValueError: something of the request does not fit; nothing was started.
-        RuntimeError: a rank failed.
+        RankError: a rank failed.
     """
     for ep_size in ep_sizes:
         request.cases(ep_size)

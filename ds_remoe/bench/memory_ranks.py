@@ -26,7 +26,7 @@ def measure_on_ranks(sizes: Sizes, kinds: Sequence[str], densities: Sequence[flo
     """`memory.measure` on `sizes.moe.ep_size` ranks.
 
     Raises:
-        RuntimeError: a rank failed.
+        RankError: a rank failed.
     """
     given: dict[str, Any] = {"vocab_size": sizes.vocab_size, "micro_batch": sizes.micro_batch}
     given |= {"model": sizes.model.model_dump(), "moe": sizes.moe.model_dump()}

@@ -31,6 +31,10 @@ from ds_remoe.training.record import StepRecord
 WHAT = "valid loss of ReMoE and of dropless TopK at equal measured training FLOPs, ReMoE's dense stage counted"
 
 
+class QualityError(Exception):
+    """A run did not give what is compared; the message says in a line which, why, and where its output is."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """One run: its router, seed, steps, training FLOPs by measured active experts, and final valid loss."""
@@ -65,6 +69,9 @@ def compare(config: Path, overrides: Sequence[str], seeds: Sequence[int], folder
         seeds: one comparison each.
         folder: where the runs go; a run that is complete there is not trained again.
         jobs: processes at a time.
+
+    Raises:
+        QualityError: a run failed; those that had not begun are left out.
     """
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda seed: _compare_seed(config, overrides, seed, folder), seeds))
@@ -106,14 +113,21 @@ def _train(
     for setting in settings:
         command += ["--set", setting]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".log").open("ab") as log:
+    log_path = output.with_suffix(".log")
+    with log_path.open("ab") as log:
+        began = log.tell()
         result = subprocess.run(command, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
     if result.returncode:
-        raise RuntimeError(f"{router} with seed {seed} failed; its output is in {output.with_suffix('.log')}")
+        said = log_path.read_bytes()[began:].decode(errors="replace").split("\n")
+        cause = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        raise QualityError(
+            f"{router} with seed {seed} failed with exit code {result.returncode}: {cause}\n"
+            f"All that it said is in {log_path}"
+        )
     records = metrics.read(output / "metrics.jsonl")
     last = records[-1]
     if last.valid_loss is None:
-        raise RuntimeError(f"{output}: the last step has no valid loss")
+        raise QualityError(f"{router} with seed {seed}: its last step has no valid loss; see {output}/metrics.jsonl")
     quarter = records[-max(len(records) // 4, 1) :]
     sparsity = sum(r.sparsity or 0.0 for r in quarter) / len(quarter)
     return Trained(router, seed, last.step, _pflops(records, config, settings), last.valid_loss, sparsity)

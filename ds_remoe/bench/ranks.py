@@ -16,6 +16,10 @@ import torch
 LOG_TAIL = 4000
 
 
+class RankError(RuntimeError):
+    """A rank failed; the message says which, and holds the end of its output."""
+
+
 def run_module(module: str, arguments: Sequence[str], world_size: int) -> None:
     """Run `python -m module arguments` on every rank and wait for all; when one fails the others are ended.
 
@@ -23,7 +27,7 @@ def run_module(module: str, arguments: Sequence[str], world_size: int) -> None:
     enough of them; else the ranks run on the CPU.
 
     Raises:
-        RuntimeError: a rank failed; the message holds the end of its output.
+        RankError: a rank failed.
     """
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="ds-remoe-ranks-") as folder:
@@ -44,7 +48,7 @@ def run_module(module: str, arguments: Sequence[str], world_size: int) -> None:
                 process.wait()
         if failed is not None:
             tail = logs[failed].read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:]
-            raise RuntimeError(f"rank {failed} of {world_size} failed, code {processes[failed].returncode}:\n{tail}")
+            raise RankError(f"rank {failed} of {world_size} failed, code {processes[failed].returncode}:\n{tail}")
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:

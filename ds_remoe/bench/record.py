@@ -28,7 +28,7 @@ def record(config: Path, overrides: Sequence[str], steps: Sequence[int], world_s
 
     Raises:
         ConfigError: the run has no routers or not that many steps.
-        RuntimeError: the training failed.
+        RankError: the training failed.
     """
     run = load_run(config, overrides, world_size=None)
     ranks = world_size if world_size is not None else run.remoe.moe.ep_size

@@ -52,6 +52,7 @@ def bench_comm(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ds_remoe.bench import comm
+    from ds_remoe.bench.ranks import RankError
     from ds_remoe.bench.results_file import write_results
     from ds_remoe.bench.trace import read_metadata
     from ds_remoe.commands.output import make_console, output_problem
@@ -80,6 +81,9 @@ def bench_comm(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return 1
     console.print(comm.table(rows))
     if output is not None:
         write_results(output, comm.WHAT, _command(arguments), comm.figures(request, rows))

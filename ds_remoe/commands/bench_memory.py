@@ -62,17 +62,22 @@ def bench_memory(arguments: argparse.Namespace) -> int:
 
     from ds_remoe.bench import memory
     from ds_remoe.bench.memory_ranks import measure_on_ranks
+    from ds_remoe.bench.ranks import RankError
     from ds_remoe.bench.results_file import write_results
 
     console, points = make_console(), list[memory.Point]()
     densities = arguments.densities or memory.DENSITIES
-    with console.status(f"measuring on {sizes.moe.ep_size} rank{'s' if sizes.moe.ep_size > 1 else ''}") as status:
-        if sizes.moe.ep_size > 1:
-            points = measure_on_ranks(sizes, arguments.kinds, densities)
-        else:
-            for point in memory.measure(sizes, arguments.kinds, densities):
-                points.append(point)
-                status.update(f"measured {point.kind}, {point.rival}, density {point.density:.3f}")
+    try:
+        with console.status(f"measuring on {sizes.moe.ep_size} rank{'s' if sizes.moe.ep_size > 1 else ''}") as status:
+            if sizes.moe.ep_size > 1:
+                points = measure_on_ranks(sizes, arguments.kinds, densities)
+            else:
+                for point in memory.measure(sizes, arguments.kinds, densities):
+                    points.append(point)
+                    status.update(f"measured {point.kind}, {point.rival}, density {point.density:.3f}")
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return 1
     console.print(memory.table(points))
     stage_three = memory.stage_three_density(sizes)
     for verdict in memory.judge(points, stage_three):

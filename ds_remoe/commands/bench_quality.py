@@ -50,10 +50,14 @@ def bench_quality(arguments: argparse.Namespace) -> int:
         return 2
     load_run(arguments.file, arguments.overrides, world_size=None)
     console = make_console()
-    with console.status("training; each run's output is in its .log beside it"):
-        rows = quality.compare(
-            Path(arguments.file), arguments.overrides, arguments.seeds, Path(arguments.runs), arguments.jobs
-        )
+    try:
+        with console.status("training; each run's output is in its .log beside it"):
+            rows = quality.compare(
+                Path(arguments.file), arguments.overrides, arguments.seeds, Path(arguments.runs), arguments.jobs
+            )
+    except quality.QualityError as error:
+        print(error, file=sys.stderr)
+        return 1
     console.print(quality.table(rows))
     if output is not None:
         command = ["ds-remoe", "bench", "quality", arguments.file, *(f"--set={text}" for text in arguments.overrides)]

@@ -42,6 +42,7 @@ def bench_record(arguments: argparse.Namespace) -> int:
     """Record a trace."""
     from pathlib import Path
 
+    from ds_remoe.bench.ranks import RankError
     from ds_remoe.bench.record import record
     from ds_remoe.commands.output import make_console, output_problem
 
@@ -50,8 +51,12 @@ def bench_record(arguments: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
         return 2
     console = make_console()
-    with console.status(f"training to step {arguments.steps[-1]}"):
-        routings = record(Path(arguments.file), arguments.overrides, arguments.steps, arguments.ranks, output)
+    try:
+        with console.status(f"training to step {arguments.steps[-1]}"):
+            routings = record(Path(arguments.file), arguments.overrides, arguments.steps, arguments.ranks, output)
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return 1
     size = output.stat().st_size / 1024
     console.print(f"written: {output}, {routings} routings, {size:.0f} KiB", highlight=False, soft_wrap=True)
     return 0
