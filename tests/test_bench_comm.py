@@ -20,7 +20,15 @@ from test_resume import run_config
 from ds_remoe.bench.comm_bytes import SentBytes, least_bytes
 from ds_remoe.bench.comm_cases import traced_cases
 from ds_remoe.bench.record_rank import RoutingRecorder
-from ds_remoe.bench.trace import TracedRouting, TraceError, TraceMetadata, read_metadata, read_trace, write_trace
+from ds_remoe.bench.trace import (
+    COLUMNS,
+    TracedRouting,
+    TraceError,
+    TraceMetadata,
+    read_metadata,
+    read_trace,
+    write_trace,
+)
 from ds_remoe.cli import main
 from ds_remoe.config.schema import ModelConfig, MoEConfig
 from ds_remoe.model.decoder import Decoder
@@ -70,15 +78,38 @@ def _other_archive(path: Path) -> None:
     np.savez(path.open("wb"), masks=np.zeros(3))
 
 
-def _newer_format(path: Path) -> None:
-    arrays = dict(np.load(path))
-    arrays["metadata"] = np.array(str(arrays["metadata"]).replace("routing trace 1", "routing trace 2"))
-    np.savez(path.open("wb"), **arrays)
+def _with(**changes: Callable[[np.ndarray], object]) -> Callable[[Path], object]:
+    """Rewrites arrays of a trace."""
+
+    def rewrite(path: Path) -> None:
+        arrays = dict(np.load(path))
+        np.savez(path.open("wb"), **arrays | {name: change(arrays[name]) for name, change in changes.items()})
+
+    return rewrite
+
+
+def _with_metadata(**changes: object) -> Callable[[Path], object]:
+    return _with(metadata=lambda old: np.array(json.dumps({**json.loads(str(old)), **changes})))
+
+
+def _with_column(name: str, change: Callable[[int], int]) -> Callable[[Path], object]:
+    def changed(table: np.ndarray) -> np.ndarray:
+        table = table.copy()
+        table[0, COLUMNS.index(name)] = change(table[0, COLUMNS.index(name)])
+        return table
+
+    return _with(table=changed)
 
 
 def _flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[content.index(b"weights.npy") + 40] ^= 0xFF
+    path.write_bytes(content)
+
+
+def _marked_as_encrypted(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(content)
 
 
@@ -90,7 +121,25 @@ def _flipped(path: Path) -> None:
         (_other_archive, "not a routing trace"),
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "truncated or damaged"),
         (_flipped, "truncated or damaged"),
-        (_newer_format, "its format is not"),
+        (_with_metadata(format="ds_remoe routing trace 2"), "its format is not"),
+        (_with(metadata=lambda old: np.array("[1]")), "its format is not"),
+        (_with(metadata=lambda old: np.array("{")), "truncated or damaged"),
+        (_with(metadata=lambda old: np.array("[" * 100_000)), "truncated or damaged"),
+        (_marked_as_encrypted, "truncated or damaged"),
+        (_with_metadata(colour=1), "its metadata has a wrong colour"),
+        (_with_metadata(steps=5), "its metadata has a wrong steps"),
+        (_with_metadata(steps=[1, "x"]), "its metadata has a wrong steps.1"),
+        (_with_metadata(k=0), r"its metadata has a wrong k \(Input should be greater than 0\)"),
+        (_with(table=lambda old: old[0]), "its array table is int64 of 1 dimensions, not int64 of 2"),
+        (_with(table=lambda old: old.astype(np.float64)), "its array table is float64"),
+        (_with(masks=lambda old: old.astype(np.int64)), "its array masks is int64"),
+        (_with(weights=lambda old: old[None]), "its array weights is int16 of 2 dimensions"),
+        (_with(weights=lambda old: np.array(["a"])), "its array weights is <U1"),
+        (_with(table=lambda old: old[:, :4]), "its table needs the 7 columns step, layer"),
+        (_with_column("tokens", lambda old: -old), "none of them negative"),
+        (_with_column("tokens", lambda old: 2**62), "its table does not fit"),
+        (_with(masks=lambda old: old ^ 0xFF), "its table does not fit"),
+        (_with(weights=lambda old: old[:-1]), "its table does not fit"),
     ],
 )
 def test_a_damaged_trace_is_named(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:

@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError, dataclasses
 from torch import Tensor
 
 FORMAT = "ds_remoe routing trace 1"
 COLUMNS = ("step", "layer", "rank", "micro_batch", "num_experts", "tokens", "pairs")
 _ZIP_MAGIC = b"PK\x03\x04"
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, MemoryError)
+"""What NumPy, zipfile and json raise of bytes that nobody wrote so, some being marks of encryption, depth or size."""
 
 
 class TraceError(ValueError):
@@ -53,7 +56,7 @@ class TracedRouting:
     micro_batch: int = 0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TraceMetadata:
     """The run that was recorded.
 
@@ -69,11 +72,11 @@ class TraceMetadata:
     config: str
     overrides: tuple[str, ...]
     steps: tuple[int, ...]
-    world_size: int
-    ep_size: int
-    hidden_size: int
-    expert_hidden_size: int
-    k: int
+    world_size: PositiveInt
+    ep_size: PositiveInt
+    hidden_size: PositiveInt
+    expert_hidden_size: PositiveInt
+    k: PositiveInt
 
 
 def write_trace(path: Path, metadata: TraceMetadata, records: Sequence[TracedRouting]) -> None:
@@ -133,20 +136,38 @@ def _read(path: Path) -> tuple[TraceMetadata, list[TracedRouting]]:
             arrays = archive["table"], archive["masks"], archive["weights"]
     except TraceError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise TraceError(f"{path}: truncated or damaged ({error}); copy it again, or record it anew") from error
-    if content.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise TraceError(f"{path}: its format is not {FORMAT!r}; record it anew with this version")
-    metadata = TraceMetadata(**content | {key: tuple(content[key]) for key in ("overrides", "steps")})
+    try:
+        metadata = TypeAdapter(TraceMetadata).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise TraceError(f"{path}: its metadata has a wrong {field} ({first['msg']}); record it anew") from None
     return metadata, _unpack(path, *arrays)
 
 
 def _unpack(
     path: Path, table: npt.NDArray[np.int64], masks: npt.NDArray[np.uint8], weights: npt.NDArray[np.int16]
 ) -> list[TracedRouting]:
-    sizes = table[:, COLUMNS.index("num_experts")] * table[:, COLUMNS.index("tokens")]
-    if ((sizes + 7) // 8).sum() != masks.size or table[:, COLUMNS.index("pairs")].sum() != weights.size:
-        raise TraceError(f"{path}: its table does not fit its masks and weights; record it anew")
+    for name, array, dtype, dimensions in (
+        ("table", table, np.int64, 2),
+        ("masks", masks, np.uint8, 1),
+        ("weights", weights, np.int16, 1),
+    ):
+        if array.dtype != dtype or array.ndim != dimensions:
+            what = f"{array.dtype} of {array.ndim} dimensions, not {np.dtype(dtype)} of {dimensions}"
+            raise TraceError(f"{path}: its array {name} is {what}; record it anew")
+    if table.shape[1] != len(COLUMNS) or (table < 0).any():
+        raise TraceError(
+            f"{path}: its table needs the {len(COLUMNS)} columns {', '.join(COLUMNS)}, none of them negative"
+        )
+    no_fit = f"{path}: its table does not fit its masks and weights; record it anew"
+    sizes = [row[COLUMNS.index("num_experts")] * row[COLUMNS.index("tokens")] for row in table.tolist()]
+    if sum((size + 7) // 8 for size in sizes) != masks.size or sum(table[:, -1].tolist()) != weights.size:
+        raise TraceError(no_fit)
     records: list[TracedRouting] = []
     next_byte = next_pair = 0
     for step, layer, rank, micro_batch, num_experts, tokens, num_pairs in table.tolist():
@@ -154,6 +175,8 @@ def _unpack(
         packed = masks[next_byte : next_byte + (size + 7) // 8]
         next_byte += packed.size
         mask_TE = torch.from_numpy(np.unpackbits(packed, count=size)).bool().view(tokens, num_experts)
+        if int(mask_TE.sum()) != num_pairs:
+            raise TraceError(no_fit)
         weights_TE = torch.zeros(tokens, num_experts)
         values = torch.from_numpy(weights[next_pair : next_pair + num_pairs])
         next_pair += num_pairs
