@@ -17,9 +17,10 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from ranks import free_port
 
+from ds_remoe.cli import main
 from ds_remoe.training.checkpoint import Checkpoints
 from ds_remoe.training.checkpoint_files import record_file
-from ds_remoe.training.checkpoint_folder import LATEST, inspect
+from ds_remoe.training.checkpoint_folder import LATEST, CheckpointFolder, inspect
 from ds_remoe.training.manifest import (
     MANIFEST,
     CheckpointError,
@@ -243,6 +244,19 @@ def test_a_save_keeps_the_newest_of_its_own_line(
     assert sorted(int(path.name[4:]) for path in tmp_path.iterdir() if path.is_dir()) == left
     assert (tmp_path / LATEST).read_text() == target.name
     assert inspect(target, contents=True).state == "good"
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere, folder = saved(tmp_path / "archive", 1), tmp_path / "run" / "checkpoints"
+    kept = saved(folder, 2)
+    link = folder / elsewhere.name
+    link.symlink_to(elsewhere)
+    for options, word in ((["--dry-run"], "would remove"), ([], "removed")):
+        assert main(["checkpoint", "prune", str(folder.parent), "--keep", "1", *options]) == 0
+        assert f"{word} {link} (old; a link: what it points to stays)" in capsys.readouterr().out
+        assert link.is_symlink() == bool(options)
+    assert CheckpointFolder(folder).all() == [kept]
+    assert inspect(elsewhere, contents=True).state == "good"
 
 
 @pytest.mark.usefixtures("one_rank")

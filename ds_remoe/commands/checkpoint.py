@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ds_remoe.training.checkpoint_folder import CheckpointFolder, Inspection
 
 _MEBIBYTE = 1 << 20
+_LINK = "; a link: what it points to stays"
 _COLORS = {"good": "green", "damaged": "red", "incomplete": "yellow"}
 
 
@@ -144,6 +145,7 @@ def checkpoint_prune(arguments: argparse.Namespace) -> int:
         lock = lock_folder(folder.path.parent)  # a save that is under way looks like one that was killed
         with _progress("checked (MiB)", folder.all()) as advance:
             plan = plan_pruning(folder, arguments.keep, advance)
+        links = {path for path, _ in plan.removed if path.is_symlink()}
         if not arguments.dry_run:
             prune(folder, plan)
     except CheckpointError as error:
@@ -153,7 +155,8 @@ def checkpoint_prune(arguments: argparse.Namespace) -> int:
         if lock is not None:
             lock.release()
     for path, state in plan.removed:
-        print(f"{'would remove' if arguments.dry_run else 'removed'} {path} ({state or 'old'})")
+        why = f"{state or 'old'}{_LINK if path in links else ''}"
+        print(f"{'would remove' if arguments.dry_run else 'removed'} {path} ({why})")
     for path in plan.kept:
         print(f"{'would keep' if arguments.dry_run else 'kept'} {path} (good)")
     if plan.latest is not None:

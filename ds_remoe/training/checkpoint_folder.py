@@ -105,10 +105,14 @@ class CheckpointFolder:
     def remove(self, checkpoints: Sequence[Path]) -> None:
         """Remove checkpoints, the manifest first, so that one half removed does not pass for a damaged one.
 
-        What cannot be removed (NFS keeps files that another process reads) is left incomplete, with a warning.
+        Of one that is a symbolic link, the link goes and what it points to stays whole. What cannot be removed (NFS
+        keeps files that another process reads) is left incomplete, with a warning.
         """
         for checkpoint in checkpoints:
             try:
+                if checkpoint.is_symlink():
+                    checkpoint.unlink()
+                    continue
                 (checkpoint / MANIFEST).unlink(missing_ok=True)
                 sync_folder(checkpoint)
                 shutil.rmtree(checkpoint)
