@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jsonschema
@@ -12,9 +14,11 @@ import pytest
 
 import ds_remoe
 from ds_remoe.cli import main
+from ds_remoe.commands.output import output_problem
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "ds_configs" / "quickstart.json")
+NOBODY = 65534
 REMOE_182M = str(ROOT / "ds_configs" / "remoe_182m.json")
 
 
@@ -143,6 +147,60 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_measurement(
     ):
         assert main(["bench", command, *file, "--output", str(name).strip("'")]) == 2
         assert f"--output {name}: {words}" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_refused_and_an_old_one_may_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.PNG").touch()
+    (tmp_path / "folder.png").mkdir()
+    for name, words in (
+        ("memory.pdf", "must be the name of a .png file"),
+        ("folder.png", "is a folder; name a file"),
+        ("old.PNG/x/memory.png", f"cannot be written, as {tmp_path}/old.PNG/x is no folder"),
+    ):
+        assert main(["bench", "memory", QUICKSTART, "--picture", f"{tmp_path}/{name}"]) == 2
+        assert words in capsys.readouterr().err
+    assert output_problem(str(tmp_path / "new" / "results.json"), str(tmp_path / "old.PNG")) is None
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_folder_without_rights_is_refused_before_the_measurement() -> None:
+    """Asked as another user where this one is root, who has them everywhere."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, into which no other user sees
+        os.chmod(folder, 0o555)
+        questions = (f"{folder}/a.json", None), (f"{folder}/new/a.json", None), (None, f"{folder}/a.png")
+        try:
+            answers = answers_without_rights(questions)
+        finally:
+            os.chmod(folder, 0o755)
+    lacking = f"cannot be written, for lack of rights in {folder}; choose another place"
+    assert answers == [
+        f"--output {folder}/a.json: {lacking}",
+        f"--output {folder}/new/a.json: cannot be written (Permission denied); choose another place",
+        f"--picture {folder}/a.png: {lacking}",
+    ]
+
+
+def answers_without_rights(questions: tuple[tuple[str | None, str | None], ...]) -> list[str | None]:
+    """`output_problem` of each, in a process of nobody's if this one is root's."""
+    if os.geteuid() != 0:
+        return [output_problem(*names) for names in questions]
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            os.setuid(NOBODY)
+            os.write(writing, json.dumps([output_problem(*names) for names in questions]).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as answers:
+        said = answers.read()
+    assert os.waitpid(child, 0)[1] == 0
+    found: list[str | None] = json.loads(said)
+    return found
 
 
 @pytest.mark.parametrize(
