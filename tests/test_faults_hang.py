@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from test_resume import run_config
 
 from ds_remoe.config import ConfigError, load_run
 from ds_remoe.training.watchdog import HUNG, Limits, Position
+from ds_remoe.training.watchdog.board import Board
 from ds_remoe.training.watchdog.position import record_collectives
 from ds_remoe.training.watchdog.verdict import Sighting, judge, tell
 from ds_remoe.training.watchdog.whereabouts import Collective, Whereabouts, list_ranks
@@ -68,12 +71,45 @@ def train(config: str, rank: int, fault: Callable[[], None], phase: str) -> None
     entry.main(["--config", config])
 
 
+WORD = Whereabouts(1, "node0", "starting", None, None, 30.0, 9.0, {}, None, ())
+WORDS_KEY = "ds_remoe_watchdog/1"
+
+
+def speak_before_rank_0() -> None:
+    """Rank 1 says one word and no second; then rank 0's board begins, and reads once."""
+    if dist.get_rank() == 1:
+        board = Board(WORD.to_json, 0.1, time.monotonic)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        dist.TCPStore(address, port, is_master=False).wait([WORDS_KEY])
+        board.close()  # its first round waits for what rank 0 has not made
+        dist.barrier()
+    else:
+        dist.barrier()
+        rounds, second = itertools.count(1), threading.Event()
+
+        def publish() -> str:
+            if next(rounds) == 2:
+                second.set()
+            return WORD.to_json()
+
+        board = Board(publish, 0.1, time.monotonic)
+        assert second.wait(60), "rank 0's board does not come round"
+        assert board.sightings()[1].said == WORD
+        board.close()
+    dist.barrier()
+
+
 # The tests.
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
+
+
+def test_a_word_that_came_before_rank_0_outlives_its_start(tmp_path: Path) -> None:
+    codes, output = fork_ranks(speak_before_rank_0, 2, log=tmp_path / "log")
+    assert codes == [0, 0], output
 
 
 @pytest.mark.parametrize(
