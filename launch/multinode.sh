@@ -66,9 +66,7 @@ done
 [[ " $* " =~ " --config"[=\ ] ]] || die "nothing for the trainer: add --config FILE"
 [[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] && ((master_port < 65536)) || die "--master_port $master_port: must be between 1 and 65535"
 
-# A module, or the clone itself, in the folder of the start must not stand in for ours. DeepSpeed forwards both, and puts
-# that folder into PYTHONPATH, first.
-export PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1 # a module, or the clone itself, in the folder of the start must not stand in for ours
 bash "$root/launch/setup.sh"
 export PATH="$root/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -79,6 +77,9 @@ if [[ -z "${PYTHON_DS_REMOE_RUN:-}" && "$(uname -s)" == Linux ]]; then
     # DeepSpeed's launcher alone, asked to stop, cuts the ranks off before they have saved.
     exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash "$root/launch/multinode.sh" "${given[@]}"
 fi
+
+# DeepSpeed puts the folder of the start first into the nodes' PYTHONPATH, and thus the clone itself where it lies there.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 if ((!ssh)); then
     [[ "$node_rank" =~ ^[0-9]+$ ]] || die "--no_ssh needs --node_rank I, or SLURM_NODEID (found '$node_rank')"

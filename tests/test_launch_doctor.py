@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 from test_resume import run_config
 
 from ds_remoe.launching import checks
@@ -80,10 +81,10 @@ def test_one_slow_link_is_named_and_links_within_a_node_are_not_its_measure() ->
     assert checks.bandwidth([Host(None, 1)], [[0.0]]).good
 
 
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+def doctor(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [f"{BIN}/ds-remoe", "doctor", *arguments]
     environment = {"PATH": f"{BIN}:/usr/bin:/bin", "COLUMNS": "200", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_this_machine_is_examined_for_real(tmp_path: Path) -> None:
@@ -112,6 +113,13 @@ def test_what_cannot_be_reached_or_read_is_named(tmp_path: Path) -> None:
     assert "✗ │ ssh no-such-node.invalid" in unreachable.stdout
     assert doctor("--hostfile", str(tmp_path / "none")).returncode == 2
     assert doctor("--config", str(tmp_path / "none")).returncode == 2
+
+
+def test_it_runs_in_the_folder_where_people_have_cloned_it(tmp_path: Path) -> None:
+    """There a folder has the package's name, and `python -m` would take it for the package."""
+    (tmp_path / "ds_remoe").mkdir()
+    done = doctor("--brief", "--master_port", str(free_port()), folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def run_module(
 ) -> Answer:
     """Run `python -m module` on a node, in this working directory and by this interpreter's path, and wait for it.
 
-    Modules in the working directory are left out there where they are here (PYTHONSAFEPATH).
+    What lies in the working directory counts as modules there only if it does here.
     """
-    variables = {"PYTHONSAFEPATH": "1"} if sys.flags.safe_path else {}
+    variables = {} if {"", str(Path.cwd())} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
     command = ["env", *(f"{key}={value}" for key, value in {**variables, **(environment or {})}.items())]
     command += [sys.executable, "-m", module, *arguments]
     if host.name is not None:
