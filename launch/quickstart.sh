@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained ReMoE: installs into .venv, prepares the embedded corpus, trains on two ranks.
-# Run it again to continue a run that was stopped. Arguments go to the trainer, e.g. --set remoe.train.seed=1
-# The run lies in runs/quickstart of the folder in which this is started, which its last line, too, is meant for.
+# The run lies in runs/quickstart of the folder in which this is started; run it there again to continue one that was
+# stopped. Arguments go to the trainer, e.g. --set remoe.train.seed=1
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

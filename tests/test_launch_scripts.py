@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launched_runs import needs_venv
+from launched_runs import ROOT, needs_venv
 
 from ds_remoe.launch_environment import launch_command
 
@@ -19,7 +19,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), LAUNCH.with_na
 
 def start(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A script, started in a folder."""
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "SLURM_SUBMIT_DIR": str(ROOT)}
     command = ["bash", str(LAUNCH / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -34,6 +34,7 @@ def start(folder: Path, script: str, *arguments: str) -> subprocess.CompletedPro
         ("multinode.sh", ["--hostfile", "hosts", "--set", "remoe.moe.k=2"], "nothing for the trainer"),
         ("multinode.sh", ["--hostfile", "hosts", "--master_port", "x", "--config", "x"], "--master_port x"),
         ("multinode.sh", ["--hostfile", "hosts", "--master_port", "65536", "--config", "x"], "--master_port 65536"),
+        ("slurm.sbatch", ["--set", "remoe.moe.k=2"], "slurm.sbatch: nothing for the trainer: add --config FILE"),
         ("train.sh", ["0", "--config", "x"], "usage: bash launch/train.sh RANKS --config FILE"),
         ("train.sh", ["1", "--set", "remoe.moe.k=2"], "train.sh: --config FILE is missing"),
     ],
