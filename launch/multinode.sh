@@ -63,8 +63,10 @@ while (($#)); do
 done
 [[ -n "$hostfile" ]] || die "--hostfile FILE is missing; launch/hostfile.example is one"
 [[ -f "$hostfile" ]] || die "--hostfile $hostfile: no such file (relative to $PWD)" # deepspeed would train here alone
-[[ " $* " =~ " --config"[=\ ] ]] || die "nothing for the trainer: add --config FILE"
-[[ "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] && ((master_port < 65536)) || die "--master_port $master_port: must be between 1 and 65535"
+[[ " $* " == *" --config"[=\ ]* ]] || die "nothing for the trainer: add --config FILE"
+if [[ ! "$master_port" =~ ^[1-9][0-9]{0,4}$ ]] || ((master_port > 65535)); then
+    die "--master_port $master_port: must be between 1 and 65535"
+fi
 
 export PYTHONSAFEPATH=1 # a module, or the clone itself, in the folder of the start must not stand in for ours
 bash "$root/launch/setup.sh"

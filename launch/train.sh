@@ -15,7 +15,7 @@ if (($# == 0)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
 fi
 ranks=$1
 shift
-if [[ ! " $* " =~ " --config"[=\ ] ]]; then
+if [[ " $* " != *" --config"[=\ ]* ]]; then
     echo "train.sh: --config FILE is missing" >&2
     exit 2
 fi
