@@ -26,9 +26,10 @@
 #
 # What it needs on every node: this repository at this same path with the same .venv (a shared file system, or a clone
 # and `bash launch/setup.sh` on each), the folder in which this is started, and remoe.train.output_dir and
-# remoe.data.cache_dir on a file system that all nodes share. With ssh: pdsh here, and ssh to each node without a password (deepspeed asks nobody). Host names must not
-# resolve to 127.*: Debian's `127.0.1.1 NAME` in /etc/hosts does; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the
-# network interface where it does, or where a node has several. `ds-remoe doctor --hostfile FILE` looks into all of it.
+# remoe.data.cache_dir on a file system that all nodes share. With ssh: pdsh here, and ssh to each node without a
+# password (deepspeed asks nobody). Host names must not resolve to 127.*: Debian's `127.0.1.1 NAME` in /etc/hosts does;
+# set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface where it does, or where a node has several.
+# `ds-remoe doctor --hostfile FILE` looks into all of it.
 #
 # Environment: pdsh forwards next to nothing by itself. This script forwards PATH and LD_LIBRARY_PATH, OMP_NUM_THREADS,
 # DS_ACCELERATOR, DEEPSPEED_TIMEOUT, proxies, and all of NCCL_*, GLOO_*, TORCH_*, TRITON_*, FI_*, DS_REMOE_*, HF_* and
