@@ -124,12 +124,14 @@ def test_balanced_workloads(name: str, experts: int, k: int) -> None:
 def test_replay_takes_recorded_routings_evenly(tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     tiny_trace(path)
-    first, last = replay(path, 2, None)
+    first, last = replay(path, 2)
     assert [first.name, last.name] == [f"trace: step {step}, layer 0, rank 0" for step in (1, 4)]
     assert (first.tokens, first.num_experts, first.hidden_size, first.expert_width, first.k) == (24, 4, 16, 24, 1)
     assert first.fixed_k == 4
+    (wide,) = replay(path, 1, hidden_size=8)
+    assert (wide.hidden_size, wide.expert_width) == (8, 24), "what is not given is as recorded"
     assert last.pairs < first.pairs == 24 * 4
-    assert [w.name[12:13] for w in replay(path, 9, SIZES)] == ["1", "2", "4"], "step 3 has no active pair"
+    assert [w.name[12:13] for w in replay(path, 9)] == ["1", "2", "4"], "step 3 has no active pair"
     assert torch.equal(last.scores_TE > 0, last.mask_TE)
 
 

@@ -136,13 +136,16 @@ def build_workload(name: str, sizes: Sizes, seed: int) -> Workload:
     return Workload(name, sizes.label, sizes.hidden_size, width, k, mask_TE, _draw_scores(mask_TE, generator))
 
 
-def replay(path: Path, records: int, sizes: Sizes | None) -> list[Workload]:
+def replay(
+    path: Path, records: int, hidden_size: int | None = None, ffn_hidden_size: int | None = None, label: str = ""
+) -> list[Workload]:
     """Workloads with the recorded routings of a trace: `records` of those with an active pair, evenly over the file.
 
     Args:
         path: written by `ds-remoe bench record`.
         records: how many; all if there are fewer.
-        sizes: widths in place of the recorded ones; tokens and experts are always those of the trace.
+        hidden_size, ffn_hidden_size: in place of the recorded ones; tokens and experts are always those of the trace.
+        label: see `Sizes`.
 
     Raises:
         ds_remoe.bench.trace.TraceError: the file is no trace.
@@ -151,8 +154,7 @@ def replay(path: Path, records: int, sizes: Sizes | None) -> list[Workload]:
     from ds_remoe.bench.trace import read_metadata, read_trace
 
     run = read_metadata(path)
-    if sizes is None:
-        sizes = Sizes(0, run.hidden_size, run.expert_hidden_size)
+    widths = hidden_size or run.hidden_size, ffn_hidden_size or run.expert_hidden_size
     traced = [record for record in read_trace(path) if bool(record.mask_TE.any())]
     if not traced:
         raise WorkloadError(f"--trace {path}: no pair is active in it; record it anew")
@@ -161,9 +163,7 @@ def replay(path: Path, records: int, sizes: Sizes | None) -> list[Workload]:
     for record in (traced[i * last // max(count - 1, 1)] for i in range(count)):
         scores_TE = torch.where(record.mask_TE, record.weights_TE.float(), -0.5)
         name = f"trace: step {record.step}, layer {record.layer}, rank {record.rank}"
-        workloads.append(
-            Workload(name, sizes.label, sizes.hidden_size, sizes.ffn_hidden_size, run.k, record.mask_TE, scores_TE)
-        )
+        workloads.append(Workload(name, label, *widths, run.k, record.mask_TE, scores_TE))
     return workloads
 
 

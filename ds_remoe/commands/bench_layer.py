@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ds_remoe.commands.arguments import positive, seed
 
 if TYPE_CHECKING:
-    from ds_remoe.bench.workloads import Sizes, Workload
+    from ds_remoe.bench.workloads import Workload
     from ds_remoe.commands.arguments import Commands
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -131,27 +131,26 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload]:
     from pathlib import Path
 
     from ds_remoe.bench.layer_bars import DEFAULT_WORKLOADS
-    from ds_remoe.bench.workloads import build_workload, replay
+    from ds_remoe.bench.workloads import Sizes, build_workload, replay
 
     names = arguments.workloads or (() if arguments.trace else DEFAULT_WORKLOADS)
-    as_recorded = arguments.widths is arguments.hidden_size is arguments.ffn_hidden_size is None
+    records = arguments.trace_records or TRACE_RECORDS
     workloads = []
-    for sizes in _sizes(arguments):
+    for hidden_size, ffn_hidden_size, label in _widths(arguments):
+        sizes = Sizes(arguments.tokens or TOKENS, hidden_size or 512, ffn_hidden_size or 1024, label)
         workloads += [build_workload(name, sizes, arguments.seed) for name in names]
         if arguments.trace:
-            workloads += replay(
-                Path(arguments.trace), arguments.trace_records or TRACE_RECORDS, None if as_recorded else sizes
-            )
+            workloads += replay(Path(arguments.trace), records, hidden_size, ffn_hidden_size, label)
     return workloads
 
 
-def _sizes(arguments: argparse.Namespace) -> list[Sizes]:
-    from ds_remoe.bench.workloads import PAPER_WIDTHS, Sizes
+def _widths(arguments: argparse.Namespace) -> list[tuple[int | None, int | None, str]]:
+    """Hidden size, FFN width and label of each pair of widths; None where the user leaves it open."""
+    from ds_remoe.bench.workloads import PAPER_WIDTHS
 
-    tokens = arguments.tokens or TOKENS
-    if not arguments.widths:
-        return [Sizes(tokens, arguments.hidden_size or 512, arguments.ffn_hidden_size or 1024)]
-    return [Sizes(tokens, *PAPER_WIDTHS[label], label) for label in arguments.widths]
+    if arguments.widths:
+        return [(*PAPER_WIDTHS[label], label) for label in arguments.widths]
+    return [(arguments.hidden_size, arguments.ffn_hidden_size, "")]
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:
