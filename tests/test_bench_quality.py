@@ -54,5 +54,5 @@ def test_a_run_that_fails_is_named_with_its_cause_and_log(
     assert main(["bench", "quality", str(file), "--seeds", "3", "--runs", str(tmp_path / "runs")]) == 1
     (log,) = tmp_path.glob("runs/*/relu_seed3.log")
     first, second = capfd.readouterr().err.splitlines()
-    assert first.startswith("relu with seed 3 failed with exit code 2: data.source: the text is too short")
+    assert first.startswith("relu with seed 3 failed with exit code 2: remoe.data.source: the text is too short")
     assert second == f"All that it said is in {log}"

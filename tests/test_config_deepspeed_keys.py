@@ -134,13 +134,18 @@ def test_optimizer_parameters() -> None:
 def test_defaults_that_the_checks_rely_on() -> None:
     from deepspeed.runtime import constants, lr_schedules
 
-    from ds_remoe.config import checks_engine, checks_optimizer
+    from ds_remoe.config import checks_engine, checks_scheduler
 
     assert checks_engine._GRADIENT_CLIPPING_DEFAULT == constants.GRADIENT_CLIPPING_DEFAULT
     for name in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
         parameters = inspect.signature(getattr(lr_schedules, name)).parameters
-        assert parameters["warmup_num_steps"].default == checks_optimizer._WARMUP_NUM_STEPS_DEFAULT
-    assert inspect.signature(lr_schedules.WarmupDecayLR).parameters["warmup_max_lr"].default == 0.001
+        assert parameters["warmup_num_steps"].default == checks_scheduler._WARMUP_NUM_STEPS_DEFAULT
+    for kind, name, default in (
+        (lr_schedules.WarmupDecayLR, "warmup_max_lr", 0.001),
+        (lr_schedules.LRRangeTest, "lr_range_test_min_lr", 0.001),
+        (lr_schedules.OneCycle, "cycle_momentum", True),
+    ):
+        assert inspect.signature(kind).parameters[name].default == default
 
 
 @pytest.mark.parametrize(

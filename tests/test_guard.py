@@ -172,7 +172,9 @@ def test_skipped_steps_leave_no_trace_and_too_many_stop_the_run(tmp_path: Path) 
     assert records[2].grad_norm == math.inf
     # The launched run ends with code 1 and one clear message.
     run = Run(tmp_path / "diverged", tmp_path / "data")
-    output = run.finish("--set", "optimizer.params.lr=1e15", "--set", "remoe.logging.wandb.mode=disabled", code=1)
+    output = run.finish(
+        "--set", "optimizer.params.weight_decay=1e30", "--set", "remoe.logging.wandb.mode=disabled", code=1
+    )
     assert output.count("max_skipped_steps = 3: training stops") == 1, output[-4000:]
     assert "Traceback" not in output
 

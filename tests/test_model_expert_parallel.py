@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor
 
 from ds_remoe.config.schema import ModelConfig, MoEConfig
@@ -50,31 +50,19 @@ def run(model: Decoder, ranks: list[int], eos_id: int) -> dict[str, Any]:
     }
 
 
-def run_rank(rank: int, folder: str, eos_id: int) -> None:
-    import deepspeed
-
-    from ds_remoe.deepspeed_compat import use_gloo_only
-
-    torch.set_num_threads(1)
-    use_gloo_only()
-    deepspeed.init_distributed(
-        "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
+def run_rank(eos_id: int) -> dict[str, Any]:
     model = decoder(ep_size=RANKS, checkpointing=True)
     for layer in model.layers:
         layer.mlp.set_deepspeed_parallelism()
-    torch.save(run(model, [rank], eos_id), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return run(model, [dist.get_rank()], eos_id)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+def test_two_ranks_equal_one() -> None:
     # The one sequence of rank 0 ends at its first new token, while rank 1 goes on and needs the experts of rank 0.
     eos_id = int(generate(decoder(1, False), tokens_of(0), NEW_TOKENS)[0, 6])
     expected = run(decoder(1, False), [0, 1], eos_id)
     assert (expected["generated"][1][:, -1] != eos_id).any()
-    mp.spawn(run_rank, args=(str(tmp_path), eos_id), nprocs=RANKS)
-    for rank in range(RANKS):
-        measured = torch.load(tmp_path / f"{rank}.pt")
+    for rank, measured in enumerate(run_ranks(run_rank, RANKS, eos_id)):
         torch.testing.assert_close(measured["logits"][0], expected["logits"][rank], rtol=0, atol=1e-11)
         assert torch.equal(measured["generated"][0], expected["generated"][rank])
         for part, whole in zip(measured["gradients"], expected["gradients"], strict=True):
