@@ -33,7 +33,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def accelerator_or_exit() -> str:
-    """DeepSpeed's name of the device that this rank trains on; every rank exits with code 2 where torch has none."""
+    """DeepSpeed's name of the device that this rank trains on.
+
+    Every rank exits with code 2 where there is no such name, and with 1 where torch finds no device: it may come back.
+    """
     asked = os.environ.get("DS_ACCELERATOR")
     try:
         from deepspeed.accelerator import get_accelerator
@@ -46,7 +49,8 @@ def accelerator_or_exit() -> str:
     if not accelerator.is_available():
         leave(
             f"DS_ACCELERATOR = {asked!r} (environment): torch finds no such device here; set it to cpu, unset it, or "
-            "install torch's build for the device and its driver"
+            "install torch's build for the device and its driver",
+            code=TRAINING_FAILED,
         )
     return str(accelerator._name)
 

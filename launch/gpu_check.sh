@@ -7,7 +7,7 @@
 # files go into FOLDER, which must not exist; the exit code is 1 if a step failed, 2 if there is no GPU.
 set -uo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
+root="$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
 folder=${1:-$root/runs/gpu_check}
 [[ "$folder" == /* ]] || folder="$PWD/$folder"
 cd "$root" || exit 1

@@ -41,7 +41,7 @@ set -euo pipefail
 
 die() { printf 'multinode.sh: %s\n' "$*" >&2; exit 2; }
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 hostfile='' master_addr='' master_port="${MASTER_PORT:-29500}" node_rank="${SLURM_NODEID:-}" launcher=pdsh export_names=''
 ssh=1 checks=1 given=("$@")
 while (($#)); do
@@ -81,7 +81,8 @@ if [[ -z "${PYTHON_DS_REMOE_RUN:-}" && "$(uname -s)" == Linux ]]; then
     exec ds-remoe supervise --max-restarts 0 --grace 3600 -- bash "$root/launch/multinode.sh" "${given[@]}"
 fi
 
-# DeepSpeed puts the folder of the start first into the nodes' PYTHONPATH, and thus the clone itself where it lies there.
+# DeepSpeed puts the folder of the start first into the nodes' PYTHONPATH, so that what lies there would stand in for
+# our modules; what `forwarded` says comes after, and holds.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 if ((!ssh)); then
@@ -95,9 +96,10 @@ fi
 if [[ "$launcher" == pdsh ]] && ! command -v pdsh >/dev/null; then
     die "pdsh is not installed here (Debian and Ubuntu: apt install pdsh); or --launcher openmpi, or --no_ssh on each node"
 fi
-if [[ "$launcher" == pdsh && "$PWD" =~ [^[:alnum:]/._,:@+=-] ]]; then
-    die "$PWD: deepspeed would hand this folder's name to pdsh without quotes; start it from one without spaces and signs"
-fi
+for folder in "$PWD" "$root"; do
+    [[ "$launcher" != pdsh || ! "$folder" =~ [^[:alnum:]/._,:@+=-] ]] ||
+        die "$folder: deepspeed would hand this folder's name to pdsh without quotes; use one without spaces and signs"
+done
 
 # What a remote shell would change on its way is refused rather than passed on changed.
 forwarded() {
@@ -105,7 +107,7 @@ forwarded() {
     while IFS= read -r name; do
         case "$name" in
             *KEY | *TOKEN | *SECRET | *PASSWORD) continue ;;
-            PATH | LD_LIBRARY_PATH | OMP_NUM_THREADS | DS_ACCELERATOR | DEEPSPEED_TIMEOUT) ;;
+            PATH | PYTHONPATH | LD_LIBRARY_PATH | OMP_NUM_THREADS | DS_ACCELERATOR | DEEPSPEED_TIMEOUT) ;;
             http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY) ;;
             NCCL_* | GLOO_* | TORCH_* | TRITON_* | FI_* | DS_REMOE_* | HF_* | WANDB_*) ;;
             *) [[ ",$export_names," == *",$name,"* ]] || continue ;;

@@ -4,7 +4,7 @@
 # stopped. Arguments go to the trainer, e.g. --set remoe.train.seed=1
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/launch/setup.sh"
 if [[ "$("$root/.venv/bin/python" -P -c 'import torch; print(torch.cuda.device_count())')" == 1 ]]; then
     export DS_ACCELERATOR=cpu # two ranks show expert parallelism; one GPU holds one rank

@@ -9,7 +9,7 @@
 # PYTHON=/path/to/python chooses the interpreter, which must be 3.11 or newer.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 extra="${1:-}"
 venv="$root/.venv"
 stamp="$venv/.ds_remoe_setup"
@@ -53,7 +53,7 @@ state="$("$venv/bin/python" - "$root" <<'PY'
 import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
-digest = hashlib.sha256(str(root).encode())
+digest = hashlib.sha256(str(root.resolve()).encode())
 for name in ("pyproject.toml", "launch/constraints.txt"):
     digest.update((root / name).read_bytes())
 print(digest.hexdigest())

@@ -8,7 +8,7 @@
 # 1 for another failure.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if (($# == 0)) || [[ ! "$1" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash launch/train.sh RANKS --config FILE [--set path=value ...] [--resume auto|none|TAG]" >&2
     exit 2

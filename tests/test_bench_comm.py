@@ -243,7 +243,7 @@ def test_a_rank_that_fails_is_told_without_a_traceback_of_the_command(
     assert main(["bench", "record", str(config), "--output", str(tmp_path / "trace.npz"), "--steps", "1"]) == 1
     error = capsys.readouterr().err
     assert re.match(r"rank \d of 2 failed, code \d:\n", error)
-    assert "data.source: the text is too short" in error
+    assert "remoe.data.source: the text is too short" in error
 
 
 def test_a_run_is_recorded_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

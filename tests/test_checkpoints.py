@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from ranks import free_port
 
 from ds_remoe.cli import main
+from ds_remoe.config import load_run
 from ds_remoe.training.checkpoint import Checkpoints
 from ds_remoe.training.checkpoint_files import record_file
 from ds_remoe.training.checkpoint_folder import LATEST, CheckpointFolder, inspect
@@ -300,13 +302,23 @@ def test_a_folder_that_cannot_be_made_or_used_is_named(tmp_path: Path, name: str
         lock_folder(tmp_path / name)
 
 
-def test_a_file_server_that_may_come_back_is_no_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stale(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle")
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOSPC, errno.ENOTCONN])
+def test_a_file_system_that_may_come_back_is_no_wrong_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "mkdir", stale)
-    with pytest.raises(OSError, match="Stale"):
-        lock_folder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            lock_folder(tmp_path / "run")
+    settings = [f"remoe.train.output_dir={tmp_path}", 'remoe.data.tokenizer={"type": "sentencepiece", "path": "t"}']
+    for overrides in (settings[:1], settings[1:]):
+        with monkeypatch.context() as patch:
+            patch.setattr("ds_remoe.config.folders.os.stat", fail)
+            with pytest.raises(OSError, match=os.strerror(number)):
+                load_run(Path(__file__).parents[1] / "ds_configs" / "quickstart.json", overrides, world_size=None)
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:

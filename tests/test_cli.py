@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,9 @@ import jsonschema
 import pytest
 
 import ds_remoe
-from ds_remoe.cli import main
+from ds_remoe.cli import build_parser, main
+from ds_remoe.commands import bench_comm, bench_layer
+from ds_remoe.commands.arguments import idle_override
 from ds_remoe.commands.output import output_problem
 
 ROOT = Path(__file__).parents[1]
@@ -276,8 +279,25 @@ def test_exit_codes_of_the_process() -> None:
 def test_check_imports_neither_torch_nor_deepspeed() -> None:
     code = f"""
 import sys
-from ds_remoe.cli import main
+from ds_remoe.cli import build_parser, main
+from ds_remoe.commands import bench_comm, bench_layer
+from ds_remoe.commands.arguments import idle_override
 code = main(["config", "check", {QUICKSTART!r}, "--world-size", "2"])
 sys.exit(code or bool({{"torch", "deepspeed", "datasets", "matplotlib"}} & set(sys.modules)))
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_every_recorded_command_can_be_given_again() -> None:
+    results = Path(ds_remoe.__file__).parent / "bench" / "results"
+    commands = {json.loads(file.read_text())["command"] for file in results.glob("*.json")}
+    recorded = [shlex.split(command)[1:] for command in commands if command.startswith("ds-remoe ")]
+    assert len(recorded) > 20
+    for words in recorded:
+        arguments = build_parser().parse_args(words)
+        for module in (bench_comm, bench_layer):
+            if arguments.run.__module__ == module.__name__:
+                assert module._usage_problem(arguments) is None, words
+        module = sys.modules[arguments.run.__module__]
+        if hasattr(module, "SET_BY"):
+            assert idle_override(arguments.overrides, module.SET_BY) is None, words

@@ -51,7 +51,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def script(hostfile: Path, config: Path) -> list[str]:
-    command = ["bash", "launch/multinode.sh", "--hostfile", str(hostfile), "--master_port", PORT]
+    command = ["bash", f"{ROOT}/launch/multinode.sh", "--hostfile", str(hostfile), "--master_port", PORT]
     return [*command, "--config", str(config)]
 
 
@@ -75,11 +75,18 @@ def mounted(hosts: Cluster, host: int, *arguments: str) -> Iterator[None]:
 def test_a_run_through_pdsh_stops_when_asked_and_goes_on_as_on_one_host(
     hosts: Cluster, run: RealRun, undisturbed: RealRun, tmp_path: Path
 ) -> None:
-    """With a hostfile and a .deepspeed_env as people write them: comments, blank lines."""
+    """With a hostfile and a .deepspeed_env as people write them (comments, blank lines), from a folder of their own.
+
+    A file there that has a module's name stands in for none, on no node.
+    """
     hostfile, variables = tmp_path / "hostfile", tmp_path / "variables"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "torch.py").write_text("raise SystemExit('not this one')\n")
     hostfile.write_text("# ours\n\n" + hosts.hostfile.read_text().replace("\n", "  # a node\n"))
     variables.write_text("# for all nodes\n\nFROM_FILE=x\n   \n")
-    session = HostSession(hosts, ["env", f"DS_ENV_FILE={variables}", *script(hostfile, run.config)], run.folder)
+    start = ["env", f"--chdir={elsewhere}", f"DS_ENV_FILE={variables}"]
+    session = HostSession(hosts, [*start, *script(hostfile, run.config)], run.folder)
     session.wait_for_steps(3)
     assert {rank.environ()["FROM_FILE"] for rank in session.find("--local_rank=") if "ssh" not in rank.name()} == {"x"}
     session.terminate()

@@ -365,6 +365,15 @@ CASES: dict[str, Case] = {
         1,
         "in [0, 1)",
     ),
+    "momentum past one": (
+        [
+            'scheduler={"type": "OneCycle", "params": {"cycle_momentum": true, "decay_mom_rate": 0.1, '
+            '"decay_step_size": 1}}'
+        ],
+        "scheduler.params.decay_mom_rate",
+        0.1,
+        "past 1 after the cycle",
+    ),
     "range test overrules": (
         ['scheduler={"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-6}}'],
         "scheduler.params.lr_range_test_min_lr",
@@ -595,12 +604,16 @@ def test_deepspeeds_adam_needs_a_compiler(
 @pytest.mark.parametrize(("monitor", "package"), [("tensorboard", "tensorboard"), ("comet", "comet_ml")])
 def test_a_monitor_needs_its_package(monkeypatch: pytest.MonkeyPatch, monitor: str, package: str) -> None:
     there = importlib.util.find_spec
+    setting = [f"{monitor}.enabled=true"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: there("json" if name == package else name))
-    load_run(QUICKSTART, [f"{monitor}.enabled=true"], world_size=2)
+    load_run(QUICKSTART, setting, world_size=2, accelerator="cpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else there(name))
-    (problem,) = problems_of([f"{monitor}.enabled=true"]).problems
+    (problem,) = problems_of(setting).problems
     assert (problem.field, problem.remedy.split("; ")[1]) == (f"{monitor}.enabled", f"pip install {package}")
-    load_run(QUICKSTART, [f"{monitor}.enabled=false"], world_size=2)
+    load_run(QUICKSTART, [f"{monitor}.enabled=false"], world_size=2, accelerator="cpu")
+    load_run(QUICKSTART, setting, world_size=2)  # the machine of the run may have it
+    monkeypatch.setenv("RANK", "1")
+    load_run(QUICKSTART, setting, world_size=2, accelerator="cpu")  # rank 0 alone writes
 
 
 def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,19 +238,27 @@ def test_layers_differ_and_given_weights_can_stay(kind: str) -> None:
             assert torch.equal(kept[f"deepspeed_experts.{i}.{name}"], given)
 
 
-@pytest.mark.parametrize("change", ["bias", "frozen", "hook"])
+@pytest.mark.parametrize("change", ["bias", "frozen", "hook", "backward hook", "forward"])
 def test_what_was_changed_in_a_swiglu_stays(change: str) -> None:
     template = SwiGLU(D, 6)
+    called: list[nn.Module] = []
     if change == "bias":
         template.down_proj = nn.Linear(6, D)
     elif change == "frozen":
         template.down_proj.requires_grad_(False)
+    elif change == "forward":
+        template.forward = torch.tanh
+    elif change == "backward hook":
+        template.gate_proj.register_full_backward_hook(lambda module, into, out: called.append(module))
     else:
         template.register_forward_hook(lambda module, args, output: 3 * output)
     layer = ds_remoe.MoE(D, template, num_experts=2, expert_init="copy").eval()
     x = torch.randn(5, D)
     weights = torch.relu(x @ layer.deepspeed_moe.gate.wg.weight.t()).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(layer(x)[0], weights * template(x))
+    output = layer(x)[0]
+    torch.testing.assert_close(output, weights * template(x))
+    output.sum().backward()
+    assert len(called) == (2 if change == "backward hook" else 0)
     trained = {p.requires_grad for p in layer.deepspeed_moe.experts.parameters()}
     assert trained == ({True, False} if change == "frozen" else {True})
 
@@ -423,3 +431,11 @@ def test_experts_without_parameters_and_on_the_meta_device() -> None:
         empty.load_state_dict(weights, assign=True)
     empty.to_empty(device="cpu").load_state_dict(weights)
     assert all(torch.equal(value, weights[name]) for name, value in empty.state_dict().items())
+
+
+def test_a_compiled_layer_can_be_pickled() -> None:
+    layer = ds_remoe.MoE(D, expert("swiglu"), num_experts=E).eval()
+    x = torch.randn(5, D)
+    expected = layer(x)[0]
+    layer.deepspeed_moe.compile(backend="eager")
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], expected)

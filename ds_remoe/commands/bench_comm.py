@@ -58,9 +58,7 @@ def bench_comm(arguments: argparse.Namespace) -> int:
     from ds_remoe.commands.output import make_console, output_problem
 
     output = Path(arguments.output) if arguments.output else None
-    problem = output_problem(arguments.output)
-    if arguments.tokens is not None and arguments.trace is not None and arguments.workloads is None:
-        problem = f"--tokens {arguments.tokens}: a trace brings its own; add --workloads, or leave it out"
+    problem = _usage_problem(arguments) or output_problem(arguments.output)
     if problem:
         print(problem, file=sys.stderr)
         return 2
@@ -89,6 +87,12 @@ def bench_comm(arguments: argparse.Namespace) -> int:
         write_results(output, comm.WHAT, _command(arguments), comm.figures(request, rows))
         console.print(f"written: {output}", highlight=False)
     return 0
+
+
+def _usage_problem(arguments: argparse.Namespace) -> str | None:
+    if arguments.tokens not in (None, TOKENS) and arguments.trace is not None and arguments.workloads is None:
+        return f"--tokens {arguments.tokens}: a trace brings its own; add --workloads, or leave it out"
+    return None
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:

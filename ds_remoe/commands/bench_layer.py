@@ -116,9 +116,9 @@ def bench_layer(arguments: argparse.Namespace) -> int:
 
 
 def _usage_problem(arguments: argparse.Namespace) -> str | None:
-    if arguments.trace_records is not None and arguments.trace is None:
+    if arguments.trace_records not in (None, TRACE_RECORDS) and arguments.trace is None:
         return f"--trace-records {arguments.trace_records}: there is no trace; add --trace FILE, or leave it out"
-    if arguments.tokens is not None and arguments.trace is not None and arguments.workloads is None:
+    if arguments.tokens not in (None, TOKENS) and arguments.trace is not None and arguments.workloads is None:
         return f"--tokens {arguments.tokens}: a trace brings its own; add --workloads, or leave it out"
     for name in ("hidden_size", "ffn_hidden_size"):
         value = getattr(arguments, name)

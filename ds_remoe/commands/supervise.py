@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_remoe.config import load_run
-from ds_remoe.config.folders import why_unusable
+from ds_remoe.config.folders import is_folder, nearest_existing
 
 if TYPE_CHECKING:
     from ds_remoe.commands.arguments import Commands
@@ -115,9 +115,9 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     if arguments.run_dir is None and not _values(arguments.command, "--config"):
         return "the command has no --config FILE, so --run-dir DIR must say where the run keeps its checkpoints"
     if arguments.run_dir is not None:
-        remedy = why_unusable(arguments.run_dir)
-        if remedy is not None:
-            return f"--run-dir {arguments.run_dir}: {remedy}"
+        existing = nearest_existing(Path(arguments.run_dir))
+        if not is_folder(existing):
+            return f"--run-dir {arguments.run_dir}: {existing} is not a folder; choose another path"
     if shutil.which(arguments.command[0]) is None:
         return f"COMMAND {arguments.command[0]!r}: cannot be run; give its path, or start a script with bash"
     resume = _values(arguments.command, "--resume")

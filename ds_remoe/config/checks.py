@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_remoe.config import checks_engine, checks_optimizer, checks_scheduler
-from ds_remoe.config.folders import why_unusable
+from ds_remoe.config.folders import is_file, is_folder, why_unusable
 from ds_remoe.config.problems import MISSING, ConfigProblem
 from ds_remoe.config.schema import (
     DataConfig,
@@ -50,7 +50,7 @@ def check_run(
         *checks_engine.check_zero(clean),
         *checks_engine.check_precision(clean, accelerator),
         *checks_engine.check_values(clean),
-        *checks_engine.check_monitors(clean),
+        *checks_engine.check_monitors(clean, accelerator),
         *checks_optimizer.check_optimizer(clean, given, accelerator),
     ]
     if remoe is None:
@@ -189,10 +189,10 @@ def check_data(data: DataConfig) -> Iterator[ConfigProblem]:
     source, tokenizer = data.source, data.tokenizer
     if isinstance(source, FilesSource):
         for pattern in source.paths:
-            if os.path.isdir(pattern):
+            if is_folder(Path(pattern)):
                 remedy = f"is a folder; name files or a pattern, such as {os.path.join(pattern, '*')}"
                 yield ConfigProblem("remoe.data.source.paths", pattern, remedy)
-            elif not any(map(os.path.isfile, [pattern, *glob.glob(pattern, recursive=True)])):
+            elif not any(is_file(Path(path)) for path in [pattern, *glob.glob(pattern, recursive=True)]):
                 remedy = f"no such file, seen from {Path.cwd()}"
                 yield ConfigProblem("remoe.data.source.paths", pattern, remedy)
         if source.type == "text":
@@ -204,9 +204,9 @@ def check_data(data: DataConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem("remoe.data.source.max_documents", MISSING, remedy)
     if isinstance(tokenizer, FileTokenizer):
         path = Path(tokenizer.path)
-        if tokenizer.type == "huggingface" and os.path.isdir(path):
+        if tokenizer.type == "huggingface" and is_folder(path):
             path /= "tokenizer.json"
-        if not os.path.isfile(path):
+        if not is_file(path):
             yield ConfigProblem("remoe.data.tokenizer.path", tokenizer.path, f"no file {path}, seen from {Path.cwd()}")
 
 

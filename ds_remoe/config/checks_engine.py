@@ -129,8 +129,10 @@ def check_precision(clean: Mapping[str, Any], accelerator: str | None) -> Iterat
             yield ConfigProblem(f"fp16.{name}", fp16[name], "must be positive")
 
 
-def check_monitors(clean: Mapping[str, Any]) -> Iterator[ConfigProblem]:
-    """What DeepSpeed's monitors import is installed, and what they write has a place."""
+def check_monitors(clean: Mapping[str, Any], accelerator: str | None) -> Iterator[ConfigProblem]:
+    """What DeepSpeed's monitors import is installed where rank 0 runs, and what they write has a place there."""
+    if accelerator is None or os.environ.get("RANK", "0") != "0":
+        return
     for name, package in (("tensorboard", "tensorboard"), ("comet", "comet_ml")):
         if clean.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
             yield ConfigProblem(f"{name}.enabled", True, f"there is no package {package} here; pip install {package}")

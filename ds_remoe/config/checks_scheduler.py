@@ -87,6 +87,9 @@ def _check_cycle(params: Mapping[str, Any]) -> Iterator[ConfigProblem]:
     if "cycle_momentum" not in params:
         remedy = "DeepSpeed would cycle the momentum over optimizer.params.betas; set false, or true to have that"
         yield ConfigProblem(f"{_PREFIX}.cycle_momentum", MISSING, remedy)
+    elif params["cycle_momentum"] and params.get("decay_mom_rate", 0) > 0 and params.get("decay_step_size", 0) > 0:
+        remedy = "DeepSpeed would raise the momentum past 1 after the cycle; remove it"
+        yield ConfigProblem(f"{_PREFIX}.decay_mom_rate", params["decay_mom_rate"], remedy)
     for name in ("cycle_min_mom", "cycle_max_mom"):
         if not 0 <= params.get(name, 0) < 1:
             yield ConfigProblem(f"{_PREFIX}.{name}", params[name], "must be in [0, 1)")

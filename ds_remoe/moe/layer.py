@@ -246,7 +246,7 @@ class RoutedExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Process groups are of this process and cannot be copied."""
-        return {**self.__dict__, "ep_group": None, "nodes": None}
+        return {**super().__getstate__(), "ep_group": None, "nodes": None}
 
     def _set_ep_group(self, group: torch.distributed.ProcessGroup) -> None:
         self.ep_group = group
@@ -309,10 +309,17 @@ def _build_experts(expert: nn.Module, hidden_size: int, num_local_experts: int) 
 
 
 def _is_plain(expert: SwiGLU) -> bool:
-    """Nothing was added to it that stacked weights would leave out: biases or adapters, frozen weights, hooks."""
+    """Nothing was added that stacked weights would leave out: biases or adapters, frozen weights, hooks, a forward."""
     names = {name for name, parameter in expert.named_parameters() if parameter.requires_grad}
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in expert.modules())
-    return names == {GATE, UP, DOWN} == dict(expert.named_parameters()).keys() and not hooks
+    changed = any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        for module in expert.modules()
+    )
+    return names == {GATE, UP, DOWN} == dict(expert.named_parameters()).keys() and not changed
 
 
 def _stream(seed: int, index: int) -> torch.Generator:

@@ -164,6 +164,7 @@ class SparsityController:
         self.rule: CoefficientRule = rule if rule is not None else SignRule(self.config.alpha)
         self.coefficient = self.config.lambda_init
         self.history: list[tuple[float, float]] = []
+        self._at_limit = False
         self.num_layers = len(steered)
         self.target_sparsity = 1.0 - sum(r.k for _, r in steered) / sum(r.num_experts for _, r in steered)
         self._steered = {index for index, _ in steered}
@@ -196,9 +197,6 @@ class SparsityController:
 
         Returns:
             The step's routing report; None where nothing was routed.
-
-        Raises:
-            OverflowError: see `update`.
         """
         report = self.statistics.reduce(group)
         if report is not None and applied:
@@ -206,10 +204,9 @@ class SparsityController:
         return report
 
     def update(self, report: RoutingReport) -> None:
-        """Move λ by the rule for a step with this routing; it stays where a regulariser is NaN or infinite.
+        """Move λ by the rule for a step with this routing.
 
-        Raises:
-            OverflowError: λ is no longer a finite fp32 number.
+        It stays where a regulariser is NaN or infinite, and where it would leave the range of fp32, with a warning.
         """
         layers = tuple(layer for layer in report.layers if layer.index in self._steered)
         if not layers or not all(math.isfinite(layer.aux_loss) for layer in layers):
@@ -217,11 +214,14 @@ class SparsityController:
         sparsity = RoutingReport(layers).sparsity
         coefficient = self.rule.next(self.coefficient, sparsity, self.target_sparsity)
         if not abs(coefficient) <= _MOST:
-            raise OverflowError(
-                f"λ = {coefficient:g} after {len(self.history) + 1} optimizer steps: the routing does not follow it "
-                f"(sparsity {sparsity:.3f}, target {self.target_sparsity:.3f}); add each layer's l_aux to the loss, "
-                "and leave the routers' weights (wg.weight) trainable"
-            )
+            if not self._at_limit:
+                warnings.warn(
+                    f"λ stays at {self.coefficient:g} from optimizer step {len(self.history) + 1} on: the routing does "
+                    f"not follow it (sparsity {sparsity:.3f}, target {self.target_sparsity:.3f}); add each layer's "
+                    "l_aux to the loss, and leave the routers' weights (wg.weight) trainable",
+                    stacklevel=2,
+                )
+            self._at_limit, coefficient = True, self.coefficient
         self.history.append((self.coefficient, sparsity))
         self._set_coefficient(coefficient)
 
@@ -234,12 +234,11 @@ class SparsityController:
         missing = {"coefficient", "history"} - state.keys()
         if missing:
             raise KeyError(f"SparsityController.load_state_dict: the state lacks {sorted(missing)}")
-        if not math.isfinite(state["coefficient"]):
-            raise ValueError(
-                f"SparsityController.load_state_dict: coefficient = {state['coefficient']}: must be finite"
-            )
+        coefficient = float(state["coefficient"])
+        if math.isnan(coefficient):
+            raise ValueError("SparsityController.load_state_dict: coefficient = nan: must be a number")
         self.history = [(float(coefficient), float(sparsity)) for coefficient, sparsity in state["history"]]
-        self._set_coefficient(float(state["coefficient"]))
+        self._set_coefficient(max(-_MOST, min(coefficient, _MOST)))
 
     def _set_coefficient(self, coefficient: float) -> None:
         self.coefficient = coefficient

@@ -10,8 +10,19 @@ from filelock import FileLock, Timeout
 from ds_remoe.training.manifest import CheckpointError
 from ds_remoe.training.stop_mark import clear_stop_mark
 
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-"""A file server's troubles, after which a supervisor starts the run again."""
+_LASTING = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+}
+"""What stays until somebody mends it; a full disk or a file server may come back, and a supervisor tries again."""
 
 
 def lock_folder(folder: Path) -> FileLock:
@@ -19,7 +30,7 @@ def lock_folder(folder: Path) -> FileLock:
 
     Raises:
         CheckpointError: another run has it, or it cannot be made or written.
-        OSError: its file server does not answer as it should, which may pass.
+        OSError: the file system does not answer as it should, or is full, which may pass.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +43,7 @@ def lock_folder(folder: Path) -> FileLock:
             "this run another folder"
         ) from None
     except (OSError, ValueError) as error:  # a path with NUL is a ValueError
-        if getattr(error, "errno", None) in _PASSING:
+        if isinstance(error, OSError) and error.errno not in _LASTING:
             raise
         raise CheckpointError(
             f"remoe.train.output_dir = {folder}: cannot be used ({error}); mend that, or give this run another folder"
