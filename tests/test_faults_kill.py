@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -32,8 +33,7 @@ from ds_remoe.training.wandb_run import WandbRun
 from ds_remoe.training.watchdog import HUNG, Position
 
 STEPS, MANY_STEPS, SAVE_EVERY = 40, 200, 4
-SAVE_SECONDS = 0.1
-"""About as long as a save takes; a kill comes at a random moment of it."""
+SAVING = "saving a checkpoint"
 
 slow = pytest.mark.skipif("DS_REMOE_SLOW" not in os.environ, reason="slow: set DS_REMOE_SLOW=1")
 
@@ -48,14 +48,14 @@ class Kill:
     delay: float
 
 
-def random_kills(seed: int, count: int) -> list[Kill]:
-    """Two in steps, then one in a save, and so on."""
+def random_kills(seed: int, count: int, save_seconds: float) -> list[Kill]:
+    """Two in steps, then one at a moment of a save that takes about as long as given, and so on."""
     generator = random.Random(seed)
     kills = []
     for index in range(count):
         rank = generator.randrange(2)
         if index % 3 == 2:
-            kills.append(Kill(rank, "saving a checkpoint", generator.randint(1, 2), generator.uniform(0, SAVE_SECONDS)))
+            kills.append(Kill(rank, SAVING, generator.randint(1, 2), generator.uniform(0, save_seconds)))
         else:
             kills.append(Kill(rank, "forward", generator.randint(2, 10), generator.uniform(0, 0.02)))
     return kills
@@ -82,6 +82,10 @@ class Run:
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
+    def save_seconds(self) -> float:
+        """How long its saves took, the median."""
+        return statistics.median(map(float, saves_beside(self.samples).read_text().split()))
+
     def line(self) -> list[dict[str, Any]]:
         """metrics.jsonl without times; reading it checks that the steps are 1, 2, 3, ..."""
         records = [asdict(record) for record in metrics.read(self.metrics)]
@@ -94,6 +98,10 @@ class Run:
             place, _, samples = line.partition(": ")
             found.setdefault(place, set()).add(samples)
         return found
+
+
+def saves_beside(samples: str | Path) -> Path:
+    return Path(samples).with_name("saves")
 
 
 def check_same(run: Run, undisturbed: Run) -> None:
@@ -114,6 +122,7 @@ def train(config: str, samples: str, kill: Kill | None, wait_for: str | None) ->
 
     patch, rank = pytest.MonkeyPatch(), dist.get_rank()
     take, at, begun = Trainer._batch, Position.at, itertools.count(1)
+    saving_since: float | None = None
 
     def noted_batch(self: Trainer, batches: Any, step: int, index: int) -> Any:
         if batches is self.train_batches:
@@ -123,7 +132,12 @@ def train(config: str, samples: str, kill: Kill | None, wait_for: str | None) ->
         return take(self, batches, step, index)
 
     def noted_at(self: Position, phase: str, step: int | None = None, micro_batch: int | None = None) -> None:
+        nonlocal saving_since
         at(self, phase, step, micro_batch)
+        if rank == 0 and saving_since is not None:
+            with saves_beside(samples).open("a") as file:
+                file.write(f"{time.monotonic() - saving_since}\n")
+        saving_since = time.monotonic() if phase == SAVING else None
         if (
             kill is not None
             and (rank, phase, micro_batch or 0) == (kill.rank, kill.phase, 0)
@@ -196,7 +210,7 @@ def kill_and_finish(run: Run, kills: list[Kill]) -> list[dict[str, Any]]:
 
 def test_kills_at_random_moments_leave_the_undisturbed_line(undisturbed: Run) -> None:
     run = beside(undisturbed, "killed")
-    kill_and_finish(run, random_kills(seed=1, count=3))
+    kill_and_finish(run, random_kills(1, 3, undisturbed.save_seconds()))
     check_same(run, undisturbed)
 
 
@@ -207,7 +221,7 @@ def test_twenty_kills_at_random_moments_leave_the_undisturbed_line(undisturbed: 
     quiet, run = (beside(undisturbed, name, MANY_STEPS) for name in ("quiet", "killed-20-times"))
     codes, output = quiet.train()
     assert codes == [0, 0], output
-    found = kill_and_finish(run, random_kills(seed=20, count=20))
+    found = kill_and_finish(run, random_kills(20, 20, quiet.save_seconds()))
     check_same(run, quiet)
     assert sum(kill["inside a save"] for kill in found) >= 3, found
     if results := os.environ.get("DS_REMOE_RESULTS"):
