@@ -65,7 +65,8 @@ def footnotes(plan: Plan) -> list[str]:
     own = [
         f"assumed: {ACTIVATION_PASSES} passes over each activation; {hardware.link_latency * 1e6:.0f} us a hop in a "
         f"node, {hardware.network_latency * 1e6:.0f} us between nodes; experts balanced, a token's experts independent",
-        "memory leaves out what the runtime holds: contexts, libraries, fragmentation",
+        "memory leaves out what the runtime holds: contexts, libraries, fragmentation"
+        + (", and memory that is kept for the next step until the host runs short" if hardware.is_cpu else ""),
     ]
     if any(flow.hidden for flow in plan.settled.flows):
         own.insert(0, "* behind backward: the table of times has what backward does not hide")

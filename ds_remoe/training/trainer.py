@@ -25,6 +25,7 @@ from ds_remoe.training.agreement import on_rank_0
 from ds_remoe.training.checkpoint import Checkpoints
 from ds_remoe.training.engine import guard_steps, initialize
 from ds_remoe.training.guard import StepGuard, describe_skip, refuse_non_finite
+from ds_remoe.training.host_memory import MemoryRelief
 from ds_remoe.training.manifest import CheckpointSaveError, RunIdentity
 from ds_remoe.training.record import StepRecord
 from ds_remoe.training.routing_watch import WATCH_KEY, RoutingWatch
@@ -105,6 +106,7 @@ class Trainer:
             self.engine, *_ = initialize(
                 model=self.model, model_parameters=list(self.model.parameters()), config=run.deepspeed
             )
+        self.memory = MemoryRelief()
         self.guard = StepGuard(train.max_skipped_steps, train.spike_guard)
         guard_steps(self.engine, self.guard)
         self.watch = RoutingWatch(train.dead_after)
@@ -229,12 +231,15 @@ class Trainer:
         refuse_misplaced(self.config.output_dir)
 
     def _notes(self, step: int, micro_batch_losses: list[Tensor]) -> list[str]:
-        """What there is to tell of a step: that it was skipped, or which layers and experts died or came back."""
+        """What there is to tell of a step: short memory, that it was skipped, what died or came back."""
         state = self.engine.remoe
+        memory = self.memory.look() if self.device.type == "cpu" else None
+        notes = [] if memory is None else [f"step {step + 1}: {memory}"]
         if state.skipped is not None:
             batches = self.train_batches
-            return [describe_skip(step, state.skipped, state.grad_norm, self.guard, micro_batch_losses, batches)]
-        return self.watch.update(state.report, step + 1) if state.report is not None else []
+            skipped = describe_skip(step, state.skipped, state.grad_norm, self.guard, micro_batch_losses, batches)
+            return [*notes, skipped]
+        return [*notes, *(self.watch.update(state.report, step + 1) if state.report is not None else [])]
 
     def _batch(self, batches: MicroBatches, step: int, index: int) -> tuple[Tensor, Tensor]:
         tokens = batches.tokens(step, index, self.rank).to(self.device)
