@@ -7,6 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
+from ds_remoe.commands.parser import CommandParser
 from ds_remoe.config import load_run_or_exit
 from ds_remoe.config.leave import GRACE_SECONDS, WRONG_INPUT, leave
 from ds_remoe.launch_environment import launched_ranks, start_alone
@@ -18,7 +19,7 @@ TRAINING_FAILED = 1
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of a rank."""
-    parser = argparse.ArgumentParser(prog="ds_remoe.train", description=__doc__)
+    parser = CommandParser(prog="ds_remoe.train", description=__doc__)
     parser.add_argument("--config", required=True, help="a DeepSpeed JSON file with a remoe section")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="override one value, e.g. remoe.moe.k=2"

@@ -105,3 +105,4 @@ fi
 printf '%s %s\n' "$state" "$extra" >"$stamp"
 say "done: $("$venv/bin/python" -c 'from importlib.metadata import version as v
 print(", ".join(f"{name} {v(name)}" for name in ("torch", "deepspeed")))')"
+say "for ds-remoe, deepspeed and python in this shell: source $venv/bin/activate"

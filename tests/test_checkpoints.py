@@ -87,7 +87,10 @@ def test_a_manifest_reads_as_written(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 2}, "accumulation steps * ranks): the checkpoint has 32, this run 64"),
         ({"optimizer": "Adam"}, "optimizer: the checkpoint has 'AdamW', this run 'Adam'"),
         ({"seed": 1}, "seed: the checkpoint has 0, this run 1"),
-        ({"data": "abd"}, "data: the checkpoint has 'abc', this run 'abd'"),
+        (
+            {"data": "abd"},
+            "data (fingerprint of corpus, tokenizer and split): the checkpoint has 'abc', this run 'abd'",
+        ),
         ({"model": {"hidden_size": 64, "num_layers": 4}}, "model.hidden_size: the checkpoint has 128, this run 64"),
         ({"moe": {"router": "relu"}}, "moe.num_experts: the checkpoint has 8, this run None"),
         ({"sparsity": {"alpha": 1.3}}, "sparsity.alpha: the checkpoint has 1.2, this run 1.3"),

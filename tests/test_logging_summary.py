@@ -97,7 +97,7 @@ def test_rendered_summary_warns() -> None:
     load = ((0.125,) * 8, (0.001,) * 8, (0.125,) * 8)
     text = printed(summary_of([relu_record(step, expert_load=load) for step in range(1, 9)]))
     assert "Dead MoE layers (counted from 0): 1." in text
-    assert "8 silent" in text
+    assert "8 below 1/64" in text
     assert "not finite" in printed(summary_of([relu_record(1, lm_loss=math.inf)]))
 
 

@@ -217,6 +217,16 @@ def test_lambda_that_nothing_follows_does_not_become_infinite() -> None:
         controller.load_state_dict({"coefficient": math.nan, "history": []})
 
 
+def test_lambda_that_falls_without_an_end_is_told_once() -> None:
+    controller = SparsityController(routers((4, 1)), SparsityConfig(lambda_init=1e-29, alpha=100))
+    without_tokens = RoutingReport((LayerRouting(0, 100, (0,) * 4, (0.0,) * 4, 0.5),))
+    with pytest.warns(UserWarning, match=r"λ has fallen to 1e-31 by optimizer step 1.* still 1\.000 \(target 0\.750\)"):
+        controller.update(without_tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.update(without_tokens)
+
+
 def test_lambda_comes_back_from_nearly_zero() -> None:
     rule, coefficient = SignRule(1e100), 1.0
     for _ in range(5):

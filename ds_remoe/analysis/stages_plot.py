@@ -107,7 +107,7 @@ def plot_expert_load(
     bar = figure.colorbar(image, ax=axis, pad=0.02, format=PercentFormatter(1.0, decimals=0))
     bar.outline.set_visible(False)
     bar.set_label("share of tokens")
-    crosses = f"; {len(silent)} silent, crossed" if len(silent) else ""
+    crosses = f"; {len(silent)} below 1/64 of the tokens, crossed" if len(silent) else ""
     mean = load_LE.sum(axis=1).mean()
     heading = title or "Tokens that each expert sees"
     axis.set_title(

@@ -43,7 +43,9 @@ def check_batch(clean: Mapping[str, Any], given: Mapping[str, Any], world_size: 
     factors = [f"{key} ({sizes[key]})" for key in (MICRO, ACCUMULATION) if key in sizes]
     factors += [f"{world_size} ranks"] if world_size is not None else []
     if exact:
-        remedy = f"is not {' * '.join(factors)} = {unit}; set it to {unit}, or leave it out"
+        remedy = f"is not {' * '.join(factors)} = {unit}; set it to {unit}, or leave it or another of the three out"
+    elif len(sizes) == 3:
+        remedy = f"is not a multiple of {' * '.join(factors)} = {unit}; set it to {unit} for each rank, or leave it out"
     else:
         nearest = max(1, round(sizes[TRAIN] / unit)) * unit
         remedy = f"is not a multiple of {' * '.join(factors)} = {unit}; the nearest is {nearest}"

@@ -60,7 +60,8 @@ def _check_warmup(params: Mapping[str, Any], steps: int, lr: float | None) -> It
         yield ConfigProblem(f"{_PREFIX}.warmup_num_steps", warmup, "must be positive")
     elif warmup >= steps:
         field, value = f"{_PREFIX}.warmup_num_steps", params.get("warmup_num_steps", MISSING)
-        remedy = f"{warmup} steps of warm-up do not fit into remoe.train.steps = {steps}; set fewer"
+        fewer = f"set fewer (--set {field}={max(1, steps // 10)})"
+        remedy = f"{warmup} steps of warm-up do not fit into remoe.train.steps = {steps}; {fewer}"
         yield ConfigProblem(field, value, remedy)
     if params.get("warmup_type", "log") not in ("log", "linear"):
         remedy = 'DeepSpeed would take "log" instead; must be "log" or "linear"'

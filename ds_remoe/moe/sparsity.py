@@ -20,6 +20,7 @@ from ds_remoe.config.typed import parse_sparsity
 from ds_remoe.moe.statistics import RoutingReport, RoutingStatistics, StatisticsSlot, connect_all
 
 _MOST = torch.finfo(torch.float32).max  # beyond it the routers' loss is infinite
+_LEAST = 1e-30  # below it no gradient of the routers' loss is felt, and the way back takes hundreds of steps
 
 
 class CoefficientRule(Protocol):
@@ -164,7 +165,7 @@ class SparsityController:
         self.rule: CoefficientRule = rule if rule is not None else SignRule(self.config.alpha)
         self.coefficient = self.config.lambda_init
         self.history: list[tuple[float, float]] = []
-        self._at_limit = False
+        self._at_limit = self._is_low = False
         self.num_layers = len(steered)
         self.target_sparsity = 1.0 - sum(r.k for _, r in steered) / sum(r.num_experts for _, r in steered)
         self._steered = {index for index, _ in steered}
@@ -206,7 +207,8 @@ class SparsityController:
     def update(self, report: RoutingReport) -> None:
         """Move λ by the rule for a step with this routing.
 
-        It stays where a regulariser is NaN or infinite, and where it would leave the range of fp32, with a warning.
+        It stays where a regulariser is NaN or infinite, and where it would become too large for fp32. The latter, and
+        a λ that falls too low to be felt, is warned of.
         """
         layers = tuple(layer for layer in report.layers if layer.index in self._steered)
         if not layers or not all(math.isfinite(layer.aux_loss) for layer in layers):
@@ -222,6 +224,15 @@ class SparsityController:
                     stacklevel=2,
                 )
             self._at_limit, coefficient = True, self.coefficient
+        if 0 < coefficient < _LEAST and not self._is_low:
+            self._is_low = True
+            warnings.warn(
+                f"λ has fallen to {coefficient:g} by optimizer step {len(self.history) + 1}, and the sparsity is still "
+                f"{sparsity:.3f} (target {self.target_sparsity:.3f}): experts that get no token have no gradient that "
+                "brings them back. Go back to an earlier checkpoint, with a lower learning rate, gradient clipping, "
+                "or a smaller remoe.sparsity.alpha",
+                stacklevel=2,
+            )
         self.history.append((self.coefficient, sparsity))
         self._set_coefficient(coefficient)
 

@@ -175,7 +175,8 @@ class Manifest:
                     if saved.get(key) != now.get(key)
                 ]
             elif saved != now and field.name not in _MAY_CHANGE:
-                lines.append(f"{field.name}: the checkpoint has {saved!r}, this run {now!r}")
+                what = " (fingerprint of corpus, tokenizer and split)" if field.name == "data" else ""
+                lines.append(f"{field.name}{what}: the checkpoint has {saved!r}, this run {now!r}")
         saved, now = self.identity.global_batch, current.global_batch
         if saved != now:
             parts = "micro-batch size * gradient accumulation steps * ranks"

@@ -189,7 +189,7 @@ def _facts(summary: RunSummary) -> Table:
         settled = "not settled yet" if summary.settled_at is None else f"from step {summary.settled_at:,} on"
         table.add_row("Stage III", settled)
     if summary.active_experts_per_token is not None and summary.experts_per_layer is not None:
-        unused = "all in use" if summary.silent_experts == 0 else f"{summary.silent_experts} silent"
+        unused = "all in use" if summary.silent_experts == 0 else f"{summary.silent_experts} below 1/64 of the tokens"
         table.add_row(
             "Experts",
             f"{summary.active_experts_per_token:.2f} of {summary.experts_per_layer} active a token, "
